@@ -1,0 +1,1 @@
+"""The method, on tensors alone: it knows no network class, no file and no config."""

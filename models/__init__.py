@@ -1,0 +1,1 @@
+"""Networks alone: (z, logsnr, label) -> output."""

@@ -1,0 +1,172 @@
+"""The paper's UNet, every size an argument: the tutorial's, the small MNIST and the paper's own."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layers import (
+    Attention,
+    ConvDownsample,
+    ConvUpsample,
+    ResBlock,
+    conv,
+    group_norm,
+    linear,
+    time_features,
+)
+
+
+class Level(nn.Module):
+    """One resolution on the way down or up: residual blocks, attention after each, a resampling."""
+
+    def __init__(
+        self, blocks: list[ResBlock], attentions: list[Attention], resample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+    def block(self, n: int, h: Tensor, embedding: Tensor) -> Tensor:
+        """The n-th residual block, with its attention where this resolution has it."""
+        h = self.blocks[n](h, embedding)
+        return self.attentions[n](h) if self.attentions else h
+
+
+class UNet(nn.Module):
+    """(z, logsnr, label) -> output: Salimans & Ho 2022, appendix; the original JAX code's UNet.
+
+    image_size, image_channels, output_channels: of z and of the output (twice the image's channels
+    for output type both). channels: width of the first level; embedding_channels: of the time and
+    class embedding, None for 4 x channels. channel_multipliers: one per level; each level but the
+    last halves height and width. attention_resolutions: pixels a side, after patch folding, where
+    every residual block is followed by attention, of attention_heads heads or, where that is
+    given, heads of width attention_head_dim. resample: block (in a residual block) or conv.
+    patch_size p folds p x p pixels into channels first and unfolds them last. num_classes: None
+    for an unconditional network.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        image_channels: int,
+        output_channels: int,
+        channels: int,
+        embedding_channels: int | None,
+        channel_multipliers: Sequence[int],
+        blocks_per_level: int,
+        attention_resolutions: Sequence[int],
+        attention_heads: int,
+        attention_head_dim: int | None,
+        dropout: float,
+        resample: str,
+        patch_size: int,
+        num_classes: int | None,
+    ) -> None:
+        super().__init__()
+        embedding_channels = embedding_channels or 4 * channels
+        self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        resolutions = [image_size // patch_size >> level for level in range(len(widths))]
+        last = len(widths) - 1
+
+        def block(in_channels: int, out_channels: int, to: str | None = None) -> ResBlock:
+            return ResBlock(in_channels, out_channels, embedding_channels, dropout, to)
+
+        def attention(width: int) -> Attention:
+            return Attention(
+                width, width // attention_head_dim if attention_head_dim else attention_heads
+            )
+
+        def attentions(level: int, count: int) -> list[Attention]:
+            listed = resolutions[level] in attention_resolutions
+            return [attention(widths[level]) for _ in range(count if listed else 0)]
+
+        def resampling(width: int, to: str) -> nn.Module:
+            if resample == "block":
+                return block(width, width, to)
+            return ConvDownsample(width) if to == "down" else ConvUpsample(width)
+
+        self.time_in = linear(channels, embedding_channels)
+        self.time_out = linear(embedding_channels, embedding_channels)
+        if num_classes is not None:
+            self.class_embedding = linear(num_classes, embedding_channels)
+        self.conv_in = conv(image_channels * patch_size**2, channels)
+
+        skips, width, down = [channels], channels, []
+        for level, out in enumerate(widths):
+            blocks = [block(width if n == 0 else out, out) for n in range(blocks_per_level)]
+            resampler = resampling(out, "down") if level < last else None
+            down.append(Level(blocks, attentions(level, blocks_per_level), resampler))
+            skips += [out] * (blocks_per_level + (level < last))
+            width = out
+        self.down = nn.ModuleList(down)
+
+        self.middle_in, self.middle_out = block(width, width), block(width, width)
+        self.middle_attention = attention(width)
+
+        up = []
+        for level, out in reversed(list(enumerate(widths))):
+            blocks = []
+            for _ in range(blocks_per_level + 1):
+                blocks.append(block(width + skips.pop(), out))
+                width = out
+            resampler = resampling(out, "up") if level > 0 else None
+            up.append(Level(blocks, attentions(level, blocks_per_level + 1), resampler))
+        self.up = nn.ModuleList(up)
+
+        self.norm_out = group_norm(width)
+        self.conv_out = conv(width, output_channels * patch_size**2, zero=True)
+
+    def embed(
+        self, logsnr: Float[Tensor, "b"], label: Int[Tensor, "b"] | None
+    ) -> Float[Tensor, "b e"]:
+        """The embedding of the noise level, and of the class; label -1 is no class: the bias alone.
+
+        Raises ValueError for a label where the network knows no classes.
+        """
+        embedding = self.time_out(F.silu(self.time_in(time_features(logsnr, self.channels))))
+        if self.num_classes is None:
+            if label is not None:
+                raise ValueError("a label was given to a network without classes")
+            return embedding
+        classes = torch.arange(self.num_classes, device=logsnr.device)
+        if label is None:
+            label = torch.full((len(logsnr),), -1, device=logsnr.device)
+        return embedding + self.class_embedding((label[:, None] == classes).to(logsnr.dtype))
+
+    def forward(
+        self,
+        z: Float[Tensor, "b c h w"],
+        logsnr: Float[Tensor, "b"],
+        label: Int[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b d h w"]:
+        """z: noisy images; logsnr: their noise levels; label: their classes, -1 for none."""
+        p = self.patch_size
+        embedding = self.embed(logsnr, label)
+        h = self.conv_in(rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p))
+        skips = [h]
+        for level in self.down:
+            for n in range(len(level.blocks)):
+                h = level.block(n, h, embedding)
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h, embedding)
+                skips.append(h)
+
+        h = self.middle_in(h, embedding)
+        h = self.middle_out(self.middle_attention(h), embedding)
+
+        for level in self.up:
+            for n in range(len(level.blocks)):
+                h = level.block(n, torch.cat([h, skips.pop()], dim=1), embedding)
+            if level.resample is not None:
+                h = level.resample(h, embedding)
+
+        output = self.conv_out(F.silu(self.norm_out(h)))
+        return rearrange(output, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)

@@ -1,0 +1,1 @@
+"""Plumbing: config, data, checkpoints, the training loop, images, logging."""

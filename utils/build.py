@@ -1,0 +1,80 @@
+"""From a config to the things it names: the one place that knows both."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.gaussian import OUTPUT_TYPES, Denoiser
+from diffusion.schedule import Schedule, make_schedule
+from models.unet import UNet
+from utils.command import InputError
+from utils.config import Config
+from utils.data import Dataset, open_dataset
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU where there is one, or the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: not a device of this machine; try cpu") from None
+    return device
+
+
+def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
+    """The config's network with fresh weights, its memory laid out for convolutions."""
+    sizes = config.model.model_dump()
+    if dropout is not None:
+        sizes["dropout"] = dropout
+    channels = config.data.channels
+    network = UNet(
+        image_size=config.data.image_size,
+        image_channels=channels,
+        output_channels=channels * OUTPUT_TYPES[config.diffusion.prediction].channels,
+        **sizes,
+    )
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Puts the weights of a checkpoint into the network. Raises InputError if they do not fit."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise InputError(f"{where}: weights of another network: {first[0].strip()}") from None
+
+
+def build_denoiser(config: Config, network: nn.Module) -> Denoiser:
+    """The network with what its output means."""
+    return Denoiser(network, config.diffusion.prediction)
+
+
+def build_schedule(config: Config) -> Schedule:
+    """The config's noise schedule."""
+    diffusion = config.diffusion
+    return make_schedule(diffusion.schedule, diffusion.logsnr_min, diffusion.logsnr_max)
+
+
+def build_dataset(config: Config, device: torch.device) -> Dataset:
+    """The config's data. Raises InputError if it has not the classes that the model asks for."""
+    data = config.data
+    dataset = open_dataset(
+        data.name, data.root, data.image_size, data.channels, data.workers, device
+    )
+    asked = config.model.num_classes
+    if asked is not None and asked != dataset.num_classes:
+        raise InputError(
+            f"model.num_classes: {asked}, but {data.name} has {dataset.num_classes or 'no'} classes"
+        )
+    return dataset
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """(C, H, W) of one image."""
+    return config.data.channels, config.data.image_size, config.data.image_size

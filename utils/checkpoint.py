@@ -1,0 +1,104 @@
+"""Checkpoints that describe themselves. Loaded without unpickling code, written whole or not at all."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from utils.command import InputError
+from utils.config import Config, make_config
+from utils.files import atomic_write
+
+FORMAT = "progressive-distillation"
+FORMAT_VERSION = 1
+
+Kind = Literal["base", "student"]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network with all that is needed to use it, and to go on training it.
+
+    kind: base or student. name: of the config. update, stage: how far it was trained. num_steps:
+    the sampling steps it was made for, None for a base model. model: the weights being trained;
+    ema: their average, None where none is kept. optimizer: None in a file that is not trained on.
+    lineage: of a student, the file name and digest of its teacher and of the base model.
+    """
+
+    kind: Kind
+    name: str
+    config: Config
+    update: int
+    stage: int
+    num_steps: int | None
+    model: State
+    ema: State | None = None
+    optimizer: dict[str, Any] | None = None
+    lineage: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> State:
+        """The weights to sample with and to teach with: the average where there is one."""
+        return self.model if self.ema is None else self.ema
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of the weights."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes the file whole, or leaves what was there."""
+    content = {f: getattr(checkpoint, f) for f in checkpoint.__dataclass_fields__}
+    content |= {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": checkpoint.config.model_dump(mode="json"),
+        "digest": digest(checkpoint.weights),
+    }
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in the file, on the CPU; nothing in the file is executed.
+
+    Raises InputError that says what is wrong: no such file, damaged, not a checkpoint, of an
+    unknown version, with a config or weights that are not what they should be.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, where a checkpoint file is asked for") from None
+    except PermissionError:
+        raise InputError(f"{path}: not allowed to read it") from None
+    except Exception:  # what a damaged archive or a foreign pickle raises is not documented
+        raise InputError(f"{path}: not a checkpoint of this project, or damaged") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of this project")
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: format version {version}; this code reads {FORMAT_VERSION}")
+    try:
+        stored = content.pop("digest")
+        content["config"] = make_config(content["config"], f"{path}: its config")
+        checkpoint = Checkpoint(**content)
+        intact = digest(checkpoint.weights) == stored
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: a checkpoint with missing or unknown entries") from None
+    if not intact:
+        raise InputError(f"{path}: damaged, its weights are not those it was saved with")
+    return checkpoint
+
+

@@ -1,0 +1,106 @@
+"""What every script has in common: its arguments, its errors in one line, its exit codes.
+
+Imports nothing heavy, so that --help answers at once.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: one line with the file, the key and what would be right."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved, and says how to go on."""
+
+
+def run_command(work: Callable[[], None]) -> int:
+    """Does the work and gives the exit code: 0, 2 with one line on bad input, 130 after Ctrl-C."""
+    try:
+        work()
+    except InputError as error:
+        return _fail(f"error: {error}", BAD_INPUT)
+    except Stopped as stopped:
+        return _fail(str(stopped), INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("stopped", INTERRUPTED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"error: {where}{error.strerror or error}", BAD_INPUT)
+    return OK
+
+
+def _fail(message: str, code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace | int:
+    """The parsed arguments, or the exit code where argparse has already answered."""
+    try:
+        return parser.parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """--set, --output and --device, which mean the same in every script that trains."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any value of the config, e.g. --set training.batch_size=64 model.channels=32",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the results go")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="DELETE the checkpoints of an earlier run in the output folder and begin anew",
+    )
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ..; by default a GPU where one is")
+
+
+class StopRequest:
+    """Whether Ctrl-C or SIGTERM has come; asked at the end of each update, when a save is whole."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:  # the second one does not wait
+            raise KeyboardInterrupt
+        self.requested = True
+        os.write(2, b"\nstopping after this update; once more to stop without saving\n")
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turns Ctrl-C and SIGTERM into a request while the block runs."""
+    stop = StopRequest()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(number, stop._handle) for number in numbers]
+    except ValueError:  # not in the main thread: whoever owns it sees to signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,376 @@
+"""The config: one YAML file -> frozen, checked values. Every key is used; every constraint is here.
+
+The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml).
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from diffusion.gaussian import OUTPUT_TYPES
+from diffusion.losses import LOSS_WEIGHTS
+from diffusion.samplers import make_sampler
+from diffusion.schedule import SCHEDULES
+from utils.command import InputError
+from utils.data import DATASETS
+
+# --- kinds of values ------------------------------------------------------------------------------
+
+
+def one_of(names: Mapping[str, Any]) -> Any:
+    """A string that is a key of the table."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"{name!r} is not one of {', '.join(names)}")
+        return name
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def _sampler_name(name: str) -> str:
+    make_sampler(name)
+    return name
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Upper limits only catch slips of the finger, before they become an out-of-memory error.
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Counts = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_as_tuple), Field(max_length=64)
+]
+SamplerName = Annotated[str, AfterValidator(_sampler_name)]
+UpdatesPerStage = Count | Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, no conversions: true is no number, a number no string."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """The images. root: the folder that holds <name>/, or for image_folder the images themselves."""
+
+    name: one_of(DATASETS) = "mnist"
+    root: str = "data"
+    image_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    channels: Literal[1, 3] = 1
+    horizontal_flip: bool = False
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
+
+
+class ModelConfig(Section):
+    """The UNet's sizes (models/unet.py)."""
+
+    channels: Annotated[int, Field(ge=4, le=2**14)] = 128
+    embedding_channels: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    channel_multipliers: Annotated[Counts, Field(min_length=1)] = (1, 2, 2, 2)
+    blocks_per_level: Annotated[int, Field(ge=1, le=64)] = 2
+    attention_resolutions: Counts = (16,)
+    attention_heads: Annotated[int, Field(ge=1, le=1024)] = 2
+    attention_head_dim: Annotated[int, Field(ge=1, le=4096)] | None = None
+    dropout: Fraction = 0.1
+    resample: Literal["block", "conv"] = "block"
+    patch_size: Annotated[int, Field(ge=1, le=64)] = 1
+    num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
+
+
+class DiffusionConfig(Section):
+    """The diffusion process and what the network predicts."""
+
+    prediction: one_of(OUTPUT_TYPES) = "v"
+    schedule: one_of(SCHEDULES) = "cosine"
+    logsnr_min: Annotated[float, Field(ge=-30.0, lt=0.0)] = -20.0
+    logsnr_max: Annotated[float, Field(gt=0.0, le=30.0)] = 20.0
+    loss_weight: one_of(LOSS_WEIGHTS) = "snr_plus_one"
+
+
+class TrainingConfig(Section):
+    """Training the base model. learning_rate_decay: constant after the warm-up, or linear to 0."""
+
+    updates: Count = 10_000
+    batch_size: Count = 128
+    learning_rate: Positive = 2.0e-4
+    learning_rate_decay: Literal["none", "linear"] = "none"
+    warmup: Annotated[int, Field(ge=0, le=2**31)] = 1000
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    ema_decay: Fraction = 0.9999
+    gradient_clip: Positive | None = 1.0
+    checkpoint_every: Count = 1000
+
+
+class DistillationConfig(Section):
+    """The ladder. first_steps: the FIRST student's steps; each of the iterations halves them.
+
+    updates_per_stage: one number, or one for each stage.
+    """
+
+    first_steps: Count = 512
+    iterations: Annotated[int, Field(ge=1, le=31)] = 7
+    updates_per_stage: UpdatesPerStage = 5000
+    batch_size: Count = 128
+    learning_rate: Positive = 1.0e-4
+    gradient_clip: Positive | None = 1.0
+    loss_weight: one_of(LOSS_WEIGHTS) = "snr_trunc"
+    checkpoint_every: Count = 1000
+
+    @model_validator(mode="after")
+    def _ladder_exists(self) -> "DistillationConfig":
+        self.ladder()
+        updates = self.updates_per_stage
+        if isinstance(updates, tuple) and len(updates) != self.iterations:
+            raise ValueError(
+                f"updates_per_stage lists {len(updates)} stages, but iterations is "
+                f"{self.iterations}: give one number, or one for each stage"
+            )
+        return self
+
+    def ladder(self) -> tuple[int, ...]:
+        """The students' step counts, e.g. (512, 256, .., 8). Raises ValueError if one is odd."""
+        steps = [self.first_steps]
+        for stage in range(1, self.iterations):
+            if steps[-1] % 2:
+                raise ValueError(
+                    f"first_steps {self.first_steps} cannot be halved {self.iterations - 1} times: "
+                    f"stage {stage} has {steps[-1]} steps; take a multiple of "
+                    f"{2 ** (self.iterations - 1)}, or at most {stage} iterations"
+                )
+            steps.append(steps[-1] // 2)
+        return tuple(steps)
+
+    def updates(self, stage: int) -> int:
+        """The updates of the stage, counted from 0."""
+        updates = self.updates_per_stage
+        return updates[stage] if isinstance(updates, tuple) else updates
+
+
+class SamplingConfig(Section):
+    """How the pictures beside the checkpoints are drawn. steps: of a base model."""
+
+    steps: Annotated[int, Field(ge=1, le=2**20)] = 1024
+    sampler: SamplerName = "ddim"
+    clip: bool = True
+    grid: Annotated[int, Field(ge=1, le=4096)] = 64
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    output: str | None = None
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "Config":
+        model, size = self.model, self.data.image_size
+        divisor = model.patch_size * 2 ** (len(model.channel_multipliers) - 1)
+        if size % divisor:
+            raise ValueError(
+                f"data.image_size: {size} is not divisible by {divisor}, which model.patch_size "
+                f"and the {len(model.channel_multipliers)} levels of model.channel_multipliers ask"
+            )
+        levels = range(len(model.channel_multipliers))
+        resolutions = [size // model.patch_size >> level for level in levels]
+        for resolution in model.attention_resolutions:
+            if resolution not in resolutions:
+                raise ValueError(
+                    f"model.attention_resolutions: {resolution} does not occur; the levels have "
+                    f"{', '.join(map(str, resolutions))}"
+                )
+        widths = [model.channels * multiplier for multiplier in model.channel_multipliers]
+        with_attention = {
+            width
+            for width, resolution in zip(widths, resolutions, strict=True)
+            if resolution in model.attention_resolutions
+        } | {widths[-1]}  # the middle block always attends
+        key = "attention_head_dim" if model.attention_head_dim else "attention_heads"
+        value = model.attention_head_dim or model.attention_heads
+        for width in sorted(with_attention):
+            if width % value:
+                raise ValueError(
+                    f"model.{key}: {value} does not divide the {width} channels that attention has"
+                )
+        return self
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML with the 1.2 core schema's scalars, no aliases, and no key given twice."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not taken", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key.value, str) else str(key.start_mark)
+            if name in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{name} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first)
+
+
+def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))  # 010 is ten, as in YAML 1.2
+
+
+StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The YAML document in the text. Raises InputError with the line where it is not one."""
+    try:
+        return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise InputError(f"{where}: {line}{error.problem}") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise InputError(f"{where}: not YAML: {str(error)[:200]}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+
+
+# --- from files and command lines -----------------------------------------------------------------
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The file's values with the overrides (a.b=value) put in, not checked yet."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise InputError(f"{path}: no such config file{hint}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, where a YAML file is asked for") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8") from None
+    values = parse_yaml(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a mapping of keys to values")
+    return override(values, overrides)
+
+
+def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested values with each a.b=value put in, the value read as YAML."""
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {item}: not of the form KEY=VALUE, e.g. model.channels=32")
+        *sections, last = key.split(".")
+        inner: Any = values
+        for section in sections:
+            if inner.setdefault(section, {}) is None:
+                inner[section] = {}
+            inner = inner[section]
+            if not isinstance(inner, dict):
+                raise InputError(f"--set {item}: {section} holds no keys")
+        inner[last] = parse_yaml(text, f"--set {item}")
+    return values
+
+
+def make_config(values: Mapping[str, Any], where: str) -> Config:
+    """The checked config. Raises InputError with where, the key, what is wrong and what is right."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error)}") from None
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with the overrides of the command line."""
+    where = f"{path} with --set" if overrides else str(path)
+    return make_config(read_yaml(path, overrides), where)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of the errors in one line: key, what is wrong, what would be right."""
+    first, others = error.errors()[0], error.error_count() - 1
+    path = [str(part) for part in first["loc"] if part not in ("int", "tuple", "float")]
+    path = [part for part in path if not part.startswith(("constrained-", "function-"))]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key" + _nearest_key(path)
+    elif first["type"] == "value_error" and len(path) < 2:
+        pass  # a constraint between keys: its message names them and the value
+    else:
+        message = f"{message[0].lower()}{message[1:]} (it is {_shortened(first['input'])})"
+    key = ".".join(path)
+    more = f" (and {others} more)" if others > 0 else ""
+    return (f"{key}: " if key else "") + message + more
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest_key(path: list[str]) -> str:
+    section: Any = Config
+    for part in path[:-1]:
+        section = section.model_fields[part].annotation
+    keys = list(section.model_fields)
+    near = difflib.get_close_matches(path[-1], keys, 1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    home = [
+        f"{name}.{path[-1]}"
+        for name, field in Config.model_fields.items()
+        if path[-1] in getattr(field.annotation, "model_fields", {})
+    ]
+    return f"; did you mean {home[0]}?" if home else f"; known: {', '.join(keys)}"
+
+
+def differences(a: Config, b: Config, sections: Sequence[str]) -> list[str]:
+    """The dotted keys of these sections in which two configs differ."""
+    keys = []
+    for section in sections:
+        left, right = a.model_dump()[section], b.model_dump()[section]
+        if not isinstance(left, dict):
+            keys += [section] if left != right else []
+            continue
+        keys += [f"{section}.{key}" for key in left if left[key] != right[key]]
+    return keys

@@ -1,0 +1,255 @@
+"""The images a model learns from: uint8, (B, C, H, W), 1 or 3 channels as the config says.
+
+Small data sets lie in memory on the training device, and batches are gathered there: no worker
+processes, no per-image Python. Folders of images are streamed by a DataLoader.
+"""
+
+import gzip
+import hashlib
+import signal
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.command import InputError
+
+Batch = tuple[Tensor, Tensor | None]
+"""uint8 images (B, C, H, W) and int64 labels (B,), both on the training device."""
+
+
+class Dataset(Protocol):
+    """What training asks of a data set."""
+
+    num_images: int
+    num_classes: int | None
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """The images of each batch of indices, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryDataset:
+    """Images (N, C, H, W) and labels (N,) held on the training device."""
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int | None
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        return len(self.images)
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """See Dataset."""
+        for indices in index_batches:
+            at = indices.to(self.images.device)
+            yield self.images[at], self.labels[at]
+
+
+# --- MNIST, which comes with the repository --------------------------------------------------------
+
+# MD5 of the decompressed IDX files of the MNIST database, and how many images they hold.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def read_mnist(folder: Path, split: str = "train") -> tuple[Tensor, Tensor]:
+    """The images (N, 28, 28) uint8 and labels (N,) of a split, train or t10k, verified by MD5.
+
+    Raises InputError that names the file if one is missing, truncated or altered.
+    """
+    images = _read_idx(folder, f"{split}-images-idx3-ubyte", header=16).reshape(-1, 28, 28)
+    labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", header=8)
+    return images, labels.long()
+
+
+def _read_idx(folder: Path, name: str, header: int) -> Tensor:
+    path = folder / f"{name}.gz"
+    restore = "restore it from the repository (git checkout data/mnist)"
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing (data.root); {restore}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: truncated or altered ({error}); {restore}") from None
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_FILES[name]:
+        raise InputError(f"{path}: altered, its MD5 is not the MNIST file's; {restore}")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
+
+
+def _mnist(root: Path) -> tuple[Tensor, Tensor, int]:
+    images, labels = read_mnist(root / "mnist")
+    return images[:, None], labels, 10
+
+
+# --- data sets that torchvision downloads ----------------------------------------------------------
+
+
+def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor, Tensor, int]]:
+    def read(root: Path) -> tuple[Tensor, Tensor, int]:
+        from torchvision import datasets
+
+        where = root / folder
+        try:
+            data: Any = getattr(datasets, class_name)(str(where), train=True, download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"data.name: {folder} is not in {where} and could not be downloaded "
+                f"({str(error)[:120]}); put torchvision's {class_name} files there, or take "
+                "data.name: mnist, which comes with the repository"
+            ) from None
+        images = torch.as_tensor(data.data)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        return images, torch.as_tensor(data.targets), len(data.classes)
+
+    return read
+
+
+# --- any folder of images --------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class ImageFolder(torch.utils.data.Dataset[Any]):
+    """Every image below a folder, resized and centre-cropped; folders of the first level are classes.
+
+    Where images lie in the folder itself there are no classes, and every label is -1.
+    """
+
+    def __init__(self, root: Path, image_size: int, channels: int) -> None:
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder (data.root of an image_folder)")
+        self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.files:
+            raise InputError(f"{root}: no images below it (data.root of an image_folder)")
+        tops = [f.relative_to(root).parts for f in self.files]
+        in_classes = all(len(parts) > 1 for parts in tops)
+        names = sorted({parts[0] for parts in tops}) if in_classes else []
+        self.labels = [names.index(parts[0]) if names else -1 for parts in tops]
+        self.num_classes = len(names) or None
+        self.image_size, self.mode = image_size, {1: "L", 3: "RGB"}[channels]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | InputError:
+        """The image, or the error that names it: an exception would lose its shape in a worker."""
+        try:
+            with Image.open(self.files[index]) as image:
+                pixels = np.asarray(self._fitted(image.convert(self.mode)))
+        except Exception as error:  # a decoder may raise anything
+            return InputError(f"{self.files[index]}: not a readable image ({error})")
+        channels_last = torch.from_numpy(pixels.copy()).reshape(self.image_size, self.image_size, -1)
+        return channels_last.permute(2, 0, 1).contiguous(), self.labels[index]
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """The shorter side resized to image_size, the middle of the longer one kept."""
+        size = self.image_size
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, left + size, top + size))
+
+
+@dataclass(frozen=True)
+class StreamedDataset:
+    """Images read from files by worker processes while the device computes."""
+
+    files: ImageFolder
+    workers: int
+    device: torch.device
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        return len(self.files)
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many folders of the first level there are."""
+        return self.files.num_classes
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """See Dataset."""
+        loader = torch.utils.data.DataLoader(
+            self.files,
+            batch_sampler=(indices.tolist() for indices in index_batches),  # type: ignore[arg-type]
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
+        )
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            images, labels = batch
+            yield (
+                images.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )
+
+
+def _collate(items: list[Any]) -> Any:
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    if error is not None:
+        return error
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that saves
+
+
+# --- by name ---------------------------------------------------------------------------------------
+
+InMemory = Callable[[Path], tuple[Tensor, Tensor, int]]
+DATASETS: dict[str, InMemory | type[ImageFolder]] = {
+    "mnist": _mnist,
+    "fashion_mnist": _torchvision("FashionMNIST", "fashion_mnist"),
+    "kmnist": _torchvision("KMNIST", "kmnist"),
+    "cifar10": _torchvision("CIFAR10", "cifar10"),
+    "image_folder": ImageFolder,
+}
+
+
+def open_dataset(
+    name: str, root: str, image_size: int, channels: int, workers: int, device: torch.device
+) -> Dataset:
+    """The data set of that name, its images brought to the size and the channels asked for.
+
+    Raises InputError that names what is missing or unreadable.
+    """
+    source = DATASETS[name]
+    if isinstance(source, type):
+        return StreamedDataset(source(Path(root), image_size, channels), workers, device)
+    images, labels, num_classes = source(Path(root))
+    images = fit(images, image_size, channels)
+    return MemoryDataset(images.to(device), labels.to(device), num_classes)
+
+
+def fit(images: Tensor, image_size: int, channels: int) -> Tensor:
+    """uint8 images (N, C, H, W) with the size and channels asked for; 28x28 is padded to 32x32."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    if images.shape[1] == 3 and channels == 1:
+        images = transforms.rgb_to_grayscale(images)
+    if images.shape[-2:] == (28, 28) and image_size == 32:
+        images = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    elif images.shape[-2:] != (image_size, image_size):
+        parts = images.split(4096)  # as the resizing goes through float
+        images = torch.cat([transforms.resize(p, [image_size, image_size]) for p in parts])
+    return images.expand(-1, channels, -1, -1).contiguous()

@@ -1,0 +1,60 @@
+"""Images at the edges: uint8 <-> the model's range, grids, PNG and GIF files."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from utils.files import atomic_write
+
+
+def encode(images: Tensor) -> Tensor:
+    """uint8 0 .. 255 -> float32 [-1, 1], the range the model works in."""
+    return images.float() / 127.5 - 1.0
+
+
+def decode(x: Tensor) -> Tensor:
+    """The model's range -> uint8, what lies outside [-1, 1] clipped. decode(encode(u)) == u."""
+    return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    """One uint8 image (C, H, W) of 1 or 3 channels as a Pillow image."""
+    array = rearrange(image.cpu(), "c h w -> h w c").squeeze(-1).numpy()
+    return Image.fromarray(array)
+
+
+def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """uint8 images (B, C, H, W) in rows of so many columns (by default a square), (C, H', W')."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    blank = images.new_zeros(rows * columns - len(images), *images.shape[1:])
+    tiles = torch.nn.functional.pad(torch.cat([images, blank]), (0, gap, 0, gap), value=64)
+    grid = rearrange(tiles, "(rows columns) c h w -> c (rows h) (columns w)", rows=rows)
+    return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def save_png(path: Path, image: Tensor, scale: int = 1) -> None:
+    """Writes one uint8 image (C, H, W), each pixel scale x scale."""
+    enlarged = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    with atomic_write(path) as file:
+        to_pillow(enlarged).save(file, format="PNG")
+
+
+def save_gif(path: Path, frames: Sequence[Tensor], scale: int = 2, milliseconds: int = 80) -> None:
+    """Writes uint8 images (C, H, W) as an animation that rests on its last frame."""
+    images = [to_pillow(f.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for f in frames]
+    durations = [milliseconds] * (len(images) - 1) + [2000]
+    with atomic_write(path) as file:
+        images[0].save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=durations,
+            loop=0,
+        )
