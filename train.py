@@ -1,4 +1,4 @@
-"""Trains a diffusion model from a YAML config: python train.py --config_path configs/quickstart.yaml"""
+"""Trains a diffusion model: python train.py --config_path configs/quickstart.yaml."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ every training.checkpoint_every updates and at the end; run the same command aga
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and trains. Returns the exit code: 0, 2 on bad input, 130 if stopped."""
+    """Parses the command line and trains. Returns the exit code: 0, 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     parser.add_argument("--config_path", type=Path, required=True, metavar="FILE.yaml")
     add_common_arguments(parser)
@@ -28,12 +28,18 @@ def train(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from utils.build import build_dataset, build_denoiser, build_network, build_schedule
-    from utils.build import choose_device, load_weights
+    from utils.build import (
+        build_dataset,
+        build_denoiser,
+        build_network,
+        build_schedule,
+        choose_device,
+        load_weights,
+    )
     from utils.checkpoint import Checkpoint, save_checkpoint
     from utils.config import load_config
     from utils.runs import delete_run, newest_whole, numbered, require_same_run
-    from utils.sampling import save_sample_grid
+    from utils.sampling import SampleRequest, write_grid
     from utils.training import Plan, Trainee, base_losses, base_rate, make_optimizer, run_stage
 
     config = load_config(arguments.config_path, arguments.set)
@@ -50,10 +56,12 @@ def train(arguments: argparse.Namespace) -> None:
     trainee = Trainee(network, ema, make_optimizer(network, training.weight_decay))
     if (newest := newest_whole(numbered(output, "diffusion-"))) is not None:
         path, checkpoint = newest
-        require_same_run(path, checkpoint.config, config, ("seed", "data", "model", "diffusion", "training"))
+        require_same_run(
+            path, checkpoint.config, config, ("seed", "data", "model", "diffusion", "training")
+        )
         load_weights(network, checkpoint.model, path)
         load_weights(ema, checkpoint.weights, path)
-        trainee.optimizer.load_state_dict(checkpoint.optimizer)
+        trainee.optimizer.load_state_dict(checkpoint.optimizer or {})
         trainee.update = checkpoint.update
         print(f"going on from {path}")
 
@@ -70,13 +78,8 @@ def train(arguments: argparse.Namespace) -> None:
             optimizer=trainee.optimizer.state_dict(),
         )
         save_checkpoint(checkpoint_path(), checkpoint)
-        save_sample_grid(
-            checkpoint_path().with_suffix(".png"),
-            config,
-            build_denoiser(config, ema),
-            config.sampling.steps,
-            title="samples",
-        )
+        request = SampleRequest.of(checkpoint, build_denoiser(config, ema), device)
+        write_grid(checkpoint_path().with_suffix(".png"), request, config.sampling.grid)
 
     def checkpoint_path() -> Path:
         return output / f"diffusion-{trainee.update}.pt"
@@ -96,7 +99,9 @@ def train(arguments: argparse.Namespace) -> None:
     schedule = build_schedule(config)
     losses = base_losses(build_denoiser(config, network), schedule, config.diffusion.loss_weight)
     dataset = build_dataset(config, device)
-    run_stage(trainee, plan, dataset, losses, metrics_path=output / "metrics.jsonl", save=save, title=name)
+    run_stage(
+        trainee, plan, dataset, losses, metrics_path=output / "metrics.jsonl", save=save, title=name
+    )
     print(
         f"trained for {trainee.update} updates: {checkpoint_path()}, samples beside it\n"
         f"next: python distill.py --config_path {arguments.config_path} "

@@ -8,7 +8,7 @@ from diffusion.gaussian import Denoise, Prediction, ddim_step, diffuse, eps_from
 from diffusion.losses import LossWeight
 
 
-def convex_weights(levels: Float[Tensor, "k+1 b"]) -> Float[Tensor, "k b"]:
+def convex_weights(levels: Float[Tensor, "n b"]) -> Float[Tensor, "n-1 b"]:
     """The weights of the teacher's k predictions in the student's target.
 
     w_j = (u_(j+1) - u_j) / (1 - u_0), u_j = e^((l_j - l_s) / 2) and u_k = 1, where l_s is the last
@@ -21,7 +21,7 @@ def convex_weights(levels: Float[Tensor, "k+1 b"]) -> Float[Tensor, "k b"]:
 
 @torch.no_grad()
 def distillation_target(
-    teacher_denoise: Denoise, z_t: Float[Tensor, "b ..."], levels: Float[Tensor, "k+1 b"]
+    teacher_denoise: Denoise, z_t: Float[Tensor, "b ..."], levels: Float[Tensor, "n b"]
 ) -> Float[Tensor, "b ..."]:
     """The x for which ONE DDIM step of the student lands on the end of k steps of its teacher.
 
@@ -47,7 +47,7 @@ def distillation_loss(
     teacher_denoise: Denoise,
     x: Float[Tensor, "b ..."],
     eps: Float[Tensor, "b ..."],
-    levels: Float[Tensor, "k+1 b"],
+    levels: Float[Tensor, "n b"],
     weight: LossWeight,
 ) -> Float[Tensor, "b"]:
     """The student's loss per example, at z_t = alpha x + sigma eps and the first of the levels.

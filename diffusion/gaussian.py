@@ -15,7 +15,7 @@ from diffusion.schedule import alpha_sigma
 
 
 class Prediction(NamedTuple):
-    """What is believed (x_hat, eps_hat) or known (x, eps) of a noisy image z = alpha x + sigma eps."""
+    """What is believed (x_hat, eps_hat) or known (x, eps) of z = alpha x + sigma eps."""
 
     x: Tensor
     eps: Tensor
@@ -47,7 +47,7 @@ def velocity(prediction: Prediction, logsnr: Float[Tensor, "b"]) -> Float[Tensor
     return alpha * prediction.eps - sigma * prediction.x
 
 
-# --- what an output means: (output, z, alpha, sigma) -> Prediction --------------------------------
+# --- what an output means: (output, z, alpha, sigma) -> Prediction ------------------------------
 
 
 def decode_x(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
@@ -105,12 +105,13 @@ class Denoiser:
     output_type: str
 
     def __call__(self, z: Tensor, logsnr: Tensor, **condition: Any) -> Prediction:
+        """What the network believes of z at this noise level, both x_hat and eps_hat."""
         output = self.network(z, logsnr.to(z.dtype), **condition).to(z.dtype)
         alpha, sigma = alpha_sigma(logsnr, z)
         return OUTPUT_TYPES[self.output_type].decode(output, z, alpha, sigma)
 
 
-# --- wrappers: a denoise in, a denoise out --------------------------------------------------------
+# --- wrappers: a denoise in, a denoise out ------------------------------------------------------
 
 
 def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
@@ -131,7 +132,7 @@ def clipped(denoise: Denoise) -> Denoise:
     return clipped_denoise
 
 
-# --- steps ----------------------------------------------------------------------------------------
+# --- steps --------------------------------------------------------------------------------------
 
 
 def ddim_step(prediction: Prediction, logsnr_s: Float[Tensor, "b"]) -> Float[Tensor, "b ..."]:

@@ -17,7 +17,7 @@ def cosine_logsnr(
 ) -> Float[Tensor, "*shape"]:
     """The cosine schedule in closed form, with its range inside the schedule.
 
-    logsnr(t) = -2 log tan(a t + b), b = atan(e^(-logsnr_max / 2)), a = atan(e^(-logsnr_min / 2)) - b
+    logsnr(t) = -2 log tan(a t + b), b = atan(e^(-logsnr_max/2)), a = atan(e^(-logsnr_min/2)) - b
     (Salimans & Ho 2022, appendix; Nichol & Dhariwal 2021 without the range).
 
     t: times in [0, 1]; t = 0 gives logsnr_max, t = 1 gives logsnr_min. Pass float64: float32
@@ -53,7 +53,7 @@ def alpha_sigma(
     return alpha.to(images.dtype), sigma.to(images.dtype)
 
 
-def sampling_levels(schedule: Schedule, num_steps: int) -> Float[Tensor, "num_steps+1"]:
+def sampling_levels(schedule: Schedule, num_steps: int) -> Float[Tensor, "{num_steps}+1"]:
     """The noise levels of a sampling grid: t = 1, 1 - 1/N, .., 1/N, and +inf in the place of t = 0.
 
     The last level is +inf (alpha 1, sigma 0) because a sampler ends on x_hat itself (Salimans &
@@ -65,7 +65,7 @@ def sampling_levels(schedule: Schedule, num_steps: int) -> Float[Tensor, "num_st
 
 def transition_levels(
     schedule: Schedule, num_steps: int, i: Int[Tensor, "b"], k: int
-) -> Float[Tensor, "k+1 b"]:
+) -> Float[Tensor, "{k}+1 b"]:
     """The levels of a student's step i, with the k - 1 levels its teacher visits on the way.
 
     Student step i of N = num_steps goes from t = (i + 1)/N to s = i/N (Salimans & Ho 2022,

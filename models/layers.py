@@ -4,6 +4,7 @@ Salimans & Ho 2022 (the original JAX code), which follows Ho et al. 2020 and Dha
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -99,11 +100,18 @@ def upsample(h: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
     return F.interpolate(h, scale_factor=2.0, mode="nearest")
 
 
+RESAMPLING: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda h: h,
+    "down": downsample,
+    "up": upsample,
+}
+
+
 class ResBlock(nn.Module):
     """A residual block, modulated by the embedding (scale-shift norm), which may resample.
 
-    resample: downsample or upsample, applied between the first activation and convolution and on
-    the raw skip alike. The skip has a 1x1 convolution only where the channels change.
+    resample: a key of RESAMPLING, done between the first activation and convolution and on the
+    raw skip alike. The skip has a 1x1 convolution only where the channels change.
     """
 
     def __init__(
@@ -115,7 +123,7 @@ class ResBlock(nn.Module):
         resample: str | None = None,
     ) -> None:
         super().__init__()
-        self.resample = {None: nn.Identity(), "down": downsample, "up": upsample}[resample]
+        self.resample = RESAMPLING[resample]
         self.norm1 = group_norm(in_channels)
         self.conv1 = conv(in_channels, out_channels)
         self.scale_shift = linear(embedding_channels, 2 * out_channels)

@@ -37,6 +37,34 @@ class Level(nn.Module):
         return self.attentions[n](h) if self.attentions else h
 
 
+class Down(Level):
+    """A level of the way down."""
+
+    def forward(
+        self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"], skips: list[Tensor]
+    ) -> Float[Tensor, "b d i j"]:
+        """Pushes what each block and the resampling gives onto the stack of skips."""
+        for n in range(len(self.blocks)):
+            h = self.block(n, h, embedding)
+            skips.append(h)
+        if self.resample is not None:
+            h = self.resample(h, embedding)
+            skips.append(h)
+        return h
+
+
+class Up(Level):
+    """A level of the way up."""
+
+    def forward(
+        self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"], skips: list[Tensor]
+    ) -> Float[Tensor, "b d i j"]:
+        """Joins what the stack of skips holds, one for each block, the last one first."""
+        for n in range(len(self.blocks)):
+            h = self.block(n, torch.cat([h, skips.pop()], dim=1), embedding)
+        return h if self.resample is None else self.resample(h, embedding)
+
+
 class UNet(nn.Module):
     """(z, logsnr, label) -> output: Salimans & Ho 2022, appendix; the original JAX code's UNet.
 
@@ -102,7 +130,7 @@ class UNet(nn.Module):
         for level, out in enumerate(widths):
             blocks = [block(width if n == 0 else out, out) for n in range(blocks_per_level)]
             resampler = resampling(out, "down") if level < last else None
-            down.append(Level(blocks, attentions(level, blocks_per_level), resampler))
+            down.append(Down(blocks, attentions(level, blocks_per_level), resampler))
             skips += [out] * (blocks_per_level + (level < last))
             width = out
         self.down = nn.ModuleList(down)
@@ -117,7 +145,7 @@ class UNet(nn.Module):
                 blocks.append(block(width + skips.pop(), out))
                 width = out
             resampler = resampling(out, "up") if level > 0 else None
-            up.append(Level(blocks, attentions(level, blocks_per_level + 1), resampler))
+            up.append(Up(blocks, attentions(level, blocks_per_level + 1), resampler))
         self.up = nn.ModuleList(up)
 
         self.norm_out = group_norm(width)
@@ -152,21 +180,10 @@ class UNet(nn.Module):
         h = self.conv_in(rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p))
         skips = [h]
         for level in self.down:
-            for n in range(len(level.blocks)):
-                h = level.block(n, h, embedding)
-                skips.append(h)
-            if level.resample is not None:
-                h = level.resample(h, embedding)
-                skips.append(h)
-
+            h = level(h, embedding, skips)
         h = self.middle_in(h, embedding)
         h = self.middle_out(self.middle_attention(h), embedding)
-
         for level in self.up:
-            for n in range(len(level.blocks)):
-                h = level.block(n, torch.cat([h, skips.pop()], dim=1), embedding)
-            if level.resample is not None:
-                h = level.resample(h, embedding)
-
+            h = level(h, embedding, skips)
         output = self.conv_out(F.silu(self.norm_out(h)))
         return rearrange(output, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)

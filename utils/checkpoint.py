@@ -1,4 +1,4 @@
-"""Checkpoints that describe themselves. Loaded without unpickling code, written whole or not at all."""
+"""Checkpoints that describe themselves. Loading runs no code; a file is written whole or not."""
 
 import hashlib
 from collections.abc import Mapping
@@ -100,5 +100,3 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not intact:
         raise InputError(f"{path}: damaged, its weights are not those it was saved with")
     return checkpoint
-
-

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -27,18 +27,18 @@ from diffusion.schedule import SCHEDULES
 from utils.command import InputError
 from utils.data import DATASETS
 
-# --- kinds of values ------------------------------------------------------------------------------
+# --- kinds of values ----------------------------------------------------------------------------
 
 
-def one_of(names: Mapping[str, Any]) -> Any:
-    """A string that is a key of the table."""
+def one_of(names: Mapping[str, Any]) -> AfterValidator:
+    """Checks that a string is a key of the table."""
 
     def check(name: str) -> str:
         if name not in names:
             raise ValueError(f"{name!r} is not one of {', '.join(names)}")
         return name
 
-    return Annotated[str, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 def _sampler_name(name: str) -> str:
@@ -55,8 +55,14 @@ Count = Annotated[int, Field(ge=1, le=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Counts = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_as_tuple), Field(max_length=64)
+    tuple[Annotated[int, Field(ge=1, le=2**20)], ...],
+    BeforeValidator(_as_tuple),
+    Field(max_length=64),
 ]
+DatasetName = Annotated[str, one_of(DATASETS)]
+OutputTypeName = Annotated[str, one_of(OUTPUT_TYPES)]
+ScheduleName = Annotated[str, one_of(SCHEDULES)]
+LossWeightName = Annotated[str, one_of(LOSS_WEIGHTS)]
 SamplerName = Annotated[str, AfterValidator(_sampler_name)]
 UpdatesPerStage = Count | Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)]
 
@@ -68,9 +74,9 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """The images. root: the folder that holds <name>/, or for image_folder the images themselves."""
+    """The images. root: the folder that holds <name>/; of an image_folder, the images' own."""
 
-    name: one_of(DATASETS) = "mnist"
+    name: DatasetName = "mnist"
     root: str = "data"
     image_size: Annotated[int, Field(ge=1, le=4096)] = 32
     channels: Literal[1, 3] = 1
@@ -97,11 +103,11 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion process and what the network predicts."""
 
-    prediction: one_of(OUTPUT_TYPES) = "v"
-    schedule: one_of(SCHEDULES) = "cosine"
+    prediction: OutputTypeName = "v"
+    schedule: ScheduleName = "cosine"
     logsnr_min: Annotated[float, Field(ge=-30.0, lt=0.0)] = -20.0
     logsnr_max: Annotated[float, Field(gt=0.0, le=30.0)] = 20.0
-    loss_weight: one_of(LOSS_WEIGHTS) = "snr_plus_one"
+    loss_weight: LossWeightName = "snr_plus_one"
 
 
 class TrainingConfig(Section):
@@ -130,7 +136,7 @@ class DistillationConfig(Section):
     batch_size: Count = 128
     learning_rate: Positive = 1.0e-4
     gradient_clip: Positive | None = 1.0
-    loss_weight: one_of(LOSS_WEIGHTS) = "snr_trunc"
+    loss_weight: LossWeightName = "snr_trunc"
     checkpoint_every: Count = 1000
 
     @model_validator(mode="after")
@@ -217,21 +223,23 @@ class Config(Section):
         return self
 
 
-# --- YAML -----------------------------------------------------------------------------------------
+# --- YAML ---------------------------------------------------------------------------------------
 
 
 class StrictLoader(yaml.SafeLoader):
     """YAML with the 1.2 core schema's scalars, no aliases, and no key given twice."""
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses aliases, by which a short file can name a very large value."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not taken", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that is given twice."""
         seen = set()
         for key, _ in node.value:
             name = key.value if isinstance(key.value, str) else str(key.start_mark)
@@ -247,7 +255,9 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", list("-+0123456789")),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
 ):
-    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first)
+    StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first
+    )
 
 
 def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
@@ -260,7 +270,7 @@ StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 def parse_yaml(text: str, where: str) -> Any:
     """The YAML document in the text. Raises InputError with the line where it is not one."""
     try:
-        return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise InputError(f"{where}: {line}{error.problem}") from None
@@ -270,7 +280,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: nested too deeply") from None
 
 
-# --- from files and command lines -----------------------------------------------------------------
+# --- from files and command lines ---------------------------------------------------------------
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -313,7 +323,7 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 
 def make_config(values: Mapping[str, Any], where: str) -> Config:
-    """The checked config. Raises InputError with where, the key, what is wrong and what is right."""
+    """The checked config. Raises InputError: where, the key, what is wrong, what is right."""
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:

@@ -27,8 +27,15 @@ Batch = tuple[Tensor, Tensor | None]
 class Dataset(Protocol):
     """What training asks of a data set."""
 
-    num_images: int
-    num_classes: int | None
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        ...
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes their labels tell apart, None where there are no labels."""
+        ...
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
         """The images of each batch of indices, in order."""
@@ -55,7 +62,7 @@ class MemoryDataset:
             yield self.images[at], self.labels[at]
 
 
-# --- MNIST, which comes with the repository --------------------------------------------------------
+# --- MNIST, which comes with the repository -----------------------------------------------------
 
 # MD5 of the decompressed IDX files of the MNIST database, and how many images they hold.
 MNIST_FILES = {
@@ -95,7 +102,7 @@ def _mnist(root: Path) -> tuple[Tensor, Tensor, int]:
     return images[:, None], labels, 10
 
 
-# --- data sets that torchvision downloads ----------------------------------------------------------
+# --- data sets that torchvision downloads -------------------------------------------------------
 
 
 def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor, Tensor, int]]:
@@ -118,13 +125,13 @@ def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor,
     return read
 
 
-# --- any folder of images --------------------------------------------------------------------------
+# --- any folder of images -----------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 class ImageFolder(torch.utils.data.Dataset[Any]):
-    """Every image below a folder, resized and centre-cropped; folders of the first level are classes.
+    """Every image below a folder, resized and centre-cropped; its folders are the classes.
 
     Where images lie in the folder itself there are no classes, and every label is -1.
     """
@@ -152,7 +159,9 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
                 pixels = np.asarray(self._fitted(image.convert(self.mode)))
         except Exception as error:  # a decoder may raise anything
             return InputError(f"{self.files[index]}: not a readable image ({error})")
-        channels_last = torch.from_numpy(pixels.copy()).reshape(self.image_size, self.image_size, -1)
+        channels_last = torch.from_numpy(pixels.copy()).reshape(
+            self.image_size, self.image_size, -1
+        )
         return channels_last.permute(2, 0, 1).contiguous(), self.labels[index]
 
     def _fitted(self, image: Image.Image) -> Image.Image:
@@ -214,7 +223,7 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that saves
 
 
-# --- by name ---------------------------------------------------------------------------------------
+# --- by name ------------------------------------------------------------------------------------
 
 InMemory = Callable[[Path], tuple[Tensor, Tensor, int]]
 DATASETS: dict[str, InMemory | type[ImageFolder]] = {

@@ -9,14 +9,12 @@ from torch import Tensor
 
 
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator whose state is a function of the key alone, e.g. (seed, stage, update, "noise")."""
+    """A generator whose state is a function of the key alone, e.g. (seed, stage, update)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def batch_indices(
-    num_images: int, batch_size: int, seed: int, stage: int, update: int
-) -> Tensor:
+def batch_indices(num_images: int, batch_size: int, seed: int, stage: int, update: int) -> Tensor:
     """Which images the update sees: every epoch is a permutation of all of them, end to end.
 
     A function of its arguments alone, so that a resumed run sees what it would have seen.

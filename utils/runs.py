@@ -42,7 +42,7 @@ def newest_whole(paths: Sequence[Path]) -> tuple[Path, Checkpoint] | None:
 def require_same_run(
     path: Path, stored: Config, wanted: Config, sections: Sequence[str], free: Sequence[str] = ()
 ) -> None:
-    """Raises InputError with the keys that differ between a checkpoint's run and the one asked for."""
+    """Raises InputError with the keys in which a checkpoint's run is not the one asked for."""
     keys = [k for k in differences(stored, wanted, sections) if k not in FREE_KEYS | set(free)]
     if keys:
         raise InputError(

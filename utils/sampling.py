@@ -1,19 +1,26 @@
-"""From a denoiser to images: the noise of each image, the sampler, batches, a progress bar."""
+"""From a checkpoint to images: the noise of each image, the sampler, batches, files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.gaussian import Denoise, Denoiser, clipped, conditioned
+from diffusion.gaussian import Denoise, Denoiser, Prediction, clipped, conditioned
 from diffusion.samplers import OnStep, make_sampler
 from diffusion.schedule import Schedule, sampling_levels
 from utils.build import build_schedule, image_shape
+from utils.checkpoint import Checkpoint
+from utils.command import InputError
 from utils.config import Config
-from utils.images import decode, make_grid, save_png
+from utils.files import atomic_write
+from utils.images import decode, make_grid, save_gif, save_png, to_pillow
 from utils.randomness import ImageNoise
+from utils.runs import warn
 
 
 def sample_batch(
@@ -28,16 +35,16 @@ def sample_batch(
     on_step: OnStep | None = None,
     title: str = "sampling",
 ) -> Tensor:
-    """One image for each of the noise's generators, in the model's range, as it comes out."""
+    """One image for each of the noise's generators, float, in the model's range or near it."""
     denoise: Denoise = denoiser if labels is None else conditioned(denoiser, label=labels)
     if clip:
         denoise = clipped(denoise)
     with tqdm(total=num_steps, desc=title, unit="step", leave=False) as bar:
 
-        def step(i: int, z: Tensor, prediction: object) -> None:
+        def step(i: int, z: Tensor, prediction: Prediction) -> None:
             bar.update()
             if on_step is not None:
-                on_step(i, z, prediction)  # type: ignore[arg-type]
+                on_step(i, z, prediction)
 
         return make_sampler(sampler)(
             denoise,
@@ -48,31 +55,165 @@ def sample_batch(
         )
 
 
-def save_sample_grid(
-    path: Path, config: Config, denoiser: Denoiser, num_steps: int, title: str
-) -> None:
-    """Draws config.sampling.grid images as the config says and writes them as one PNG."""
-    device = next(denoiser.network.parameters()).device  # type: ignore[attr-defined]
-    indices = range(config.sampling.grid)
-    noise = ImageNoise(config.seed, indices, image_shape(config), device)
-    x = sample_batch(
-        denoiser,
-        build_schedule(config),
-        num_steps,
-        noise,
-        sampler=config.sampling.sampler,
-        clip=config.sampling.clip,
-        labels=as_labels(labels_for(indices, config.model.num_classes), device),
-        title=title,
-    )
-    save_png(path, make_grid(decode(x)), scale=2)
-
-
-def labels_for(indices: Sequence[int], num_classes: int | None) -> list[int] | None:
+def class_labels(
+    indices: Sequence[int], classes: Sequence[int] | None, device: torch.device
+) -> Tensor | None:
     """The classes in turn, image by image; None for a model without classes."""
-    return None if num_classes is None else [index % num_classes for index in indices]
+    if classes is None:
+        return None
+    return torch.tensor([classes[index % len(classes)] for index in indices], device=device)
 
 
-def as_labels(labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
-    """Labels as the network takes them."""
-    return None if labels is None else torch.tensor(labels, device=device)
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to draw: everything but which images, and where to."""
+
+    config: Config
+    denoiser: Denoiser
+    device: torch.device
+    num_steps: int
+    sampler: str
+    clip: bool
+    seed: int
+    classes: Sequence[int] | None
+    batch_size: int = 64
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        denoiser: Denoiser,
+        device: torch.device,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        clip: bool | None = None,
+        seed: int | None = None,
+        labels: str | None = None,
+        batch_size: int = 64,
+    ) -> "SampleRequest":
+        """The request as the checkpoint would have it, but for what is given.
+
+        Raises InputError for values that cannot be; warns of those that a distilled model was not
+        made for.
+        """
+        sampling, own = checkpoint.config.sampling, checkpoint.num_steps
+        if sampler is None:
+            sampler = "ddim" if own else sampling.sampler
+        try:
+            make_sampler(sampler)
+        except ValueError as error:
+            raise InputError(f"--sampler: {error}") from None
+        if (steps is not None and steps < 1) or batch_size < 1:
+            raise InputError(f"--steps {steps} --batch_size {batch_size}: take at least 1")
+        if own and steps not in (None, own):
+            warn(
+                f"this student was distilled for {own} steps: it learnt to jump between those "
+                f"noise levels alone, so {steps} steps ask it for jumps it has never seen"
+            )
+        if own and sampler != "ddim":
+            warn(
+                f"this student was distilled for DDIM: {sampler} asks for the mean of the images "
+                "at each level, of which a student keeps one, and looks blurred or noisy"
+            )
+        return cls(
+            config=checkpoint.config,
+            denoiser=denoiser,
+            device=device,
+            num_steps=steps or own or sampling.steps,
+            sampler=sampler,
+            clip=sampling.clip if clip is None else clip,
+            seed=checkpoint.config.seed if seed is None else seed,
+            classes=_parse_labels(labels, checkpoint.config.model.num_classes),
+            batch_size=batch_size,
+        )
+
+    def draw(self, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+        """The uint8 images of these indices, each a function of seed and index alone."""
+        x = sample_batch(
+            self.denoiser,
+            build_schedule(self.config),
+            self.num_steps,
+            ImageNoise(self.seed, indices, image_shape(self.config), self.device),
+            sampler=self.sampler,
+            clip=self.clip,
+            labels=class_labels(indices, self.classes, self.device),
+            on_step=on_step,
+        )
+        return decode(x).cpu()
+
+    def batches(self, count: int) -> Iterator[tuple[range, Tensor]]:
+        """The first images, a batch at a time, with a bar over all of them."""
+        with tqdm(total=count, desc="images", unit="image") as bar:
+            for start in range(0, count, self.batch_size):
+                indices = range(start, min(count, start + self.batch_size))
+                yield indices, self.draw(indices)
+                bar.update(len(indices))
+
+
+def _parse_labels(text: str | None, num_classes: int | None) -> Sequence[int] | None:
+    if text is None:
+        return None if num_classes is None else range(num_classes)
+    if num_classes is None:
+        raise InputError(f"--labels {text}: this checkpoint knows no classes; leave --labels out")
+    try:
+        labels = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--labels {text}: not whole numbers with commas, e.g. 0,1,2") from None
+    if not all(-1 <= label < num_classes for label in labels):
+        raise InputError(f"--labels {text}: classes go from 0 to {num_classes - 1}; -1 is none")
+    return labels
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write_grid(
+    path: Path, request: SampleRequest, count: int, trajectory: bool = False
+) -> list[Path]:
+    """Writes a grid of images; with trajectory, a GIF and a strip of the denoising beside it."""
+    if not trajectory:
+        images = [
+            request.draw(range(s, min(count, s + request.batch_size)))
+            for s in range(0, count, request.batch_size)
+        ]
+        save_png(path, make_grid(torch.cat(images)), scale=2)
+        return [path]
+    frames: list[Tensor] = []
+    strip: list[Tensor] = []
+    kept = {round(n * (request.num_steps - 1) / 11) for n in range(12)}
+    shown = {round(n * (request.num_steps - 1) / 59) for n in range(60)}
+
+    def on_step(i: int, z: Tensor, prediction: Prediction) -> None:
+        if i in shown:
+            frames.append(make_grid(decode(z).cpu()))
+        if i in kept:
+            strip.append(torch.stack([decode(z[:6]), decode(prediction.x[:6])], dim=1).cpu())
+
+    drawn = request.draw(range(count), on_step)
+    frames.append(make_grid(drawn))
+    strip.append(drawn[:6, None].expand(-1, 2, -1, -1, -1))
+    gif, png = path.with_suffix(".gif"), path.with_name(f"{path.stem}-strip.png")
+    save_png(path, frames[-1], scale=2)
+    save_gif(gif, frames)
+    # Two rows an image, z_t above and x_hat below; the last column is the image itself.
+    tiles = rearrange(torch.stack(strip), "n b two c h w -> (b two n) c h w")
+    save_png(png, make_grid(tiles, columns=len(strip)), scale=2)
+    return [path, gif, png]
+
+
+def write_folder(folder: Path, request: SampleRequest, count: int) -> list[Path]:
+    """Writes 000000.png, 000001.png, .. into the folder."""
+    for indices, images in request.batches(count):
+        for index, image in zip(indices, images, strict=True):
+            with atomic_write(folder / f"{index:06d}.png") as file:
+                to_pillow(image).save(file, format="PNG")
+    return [folder]
+
+
+def write_npz(path: Path, request: SampleRequest, count: int) -> list[Path]:
+    """Writes one array arr_0, uint8 (N, H, W, C), as the common evaluation suites read it."""
+    images = torch.cat([images for _, images in request.batches(count)])
+    with atomic_write(path) as file:
+        np.savez(file, rearrange(images, "n c h w -> n h w c").numpy())
+    return [path]

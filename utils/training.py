@@ -64,13 +64,13 @@ class Metrics(NamedTuple):
 
 
 def make_optimizer(network: nn.Module, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """Adam (0.9, 0.999) with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
+    """Adam (0.9, 0.999) with decoupled weight decay (Loshchilov & Hutter 2019)."""
     return torch.optim.AdamW(
         network.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
     )
 
 
-# --- learning rates: update -> rate ---------------------------------------------------------------
+# --- learning rates: update -> rate -------------------------------------------------------------
 
 
 def warm_up(rate: float, warmup: int, update: int) -> float:
@@ -95,7 +95,7 @@ def base_rate(training: TrainingConfig) -> Callable[[int], float]:
     return rate
 
 
-# --- what is learnt -------------------------------------------------------------------------------
+# --- what is learnt -----------------------------------------------------------------------------
 
 
 def base_losses(denoiser: Denoiser, schedule: Schedule, weight: str) -> Losses:
@@ -104,9 +104,7 @@ def base_losses(denoiser: Denoiser, schedule: Schedule, weight: str) -> Losses:
     def losses(x: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
         eps = torch.randn(x.shape, generator=rng, device=x.device)
         t = torch.rand(len(x), generator=rng, device=x.device, dtype=torch.float64)
-        return denoising_loss(
-            _bound(denoiser, labels), x, eps, schedule(t), LOSS_WEIGHTS[weight]
-        )
+        return denoising_loss(_bound(denoiser, labels), x, eps, schedule(t), LOSS_WEIGHTS[weight])
 
     return losses
 
@@ -134,7 +132,7 @@ def _bound(denoiser: Denoiser, labels: Tensor | None) -> Denoise:
     return denoiser if labels is None else conditioned(denoiser, label=labels)
 
 
-# --- the loop -------------------------------------------------------------------------------------
+# --- the loop -----------------------------------------------------------------------------------
 
 
 def updates(trainee: Trainee, plan: Plan, dataset: Dataset, losses: Losses) -> Iterator[Metrics]:

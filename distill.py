@@ -1,0 +1,91 @@
+"""Distils a checkpoint into ever fewer steps: python distill.py --teacher_model_checkpoint F.pt."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.command import add_common_arguments, parse, run_command
+
+DESCRIPTION = """\
+Progressive distillation: each stage copies its teacher into a student that learns to match two
+DDIM steps with one. Writes student-<steps>.pt and a grid of samples for every stage, then a table
+and pictures of the ladder; run the same command again to go on."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and distils. Returns the exit code: 0, 2 (bad input), 130."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser.add_argument("--teacher_model_checkpoint", type=Path, required=True, metavar="FILE.pt")
+    parser.add_argument(
+        "--config_path",
+        type=Path,
+        metavar="FILE.yaml",
+        help="distillation and sampling are read from it; the rest comes from the checkpoint",
+    )
+    parser.add_argument(
+        "--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps"
+    )
+    parser.add_argument(
+        "--distillation_iterations", type=int, metavar="N", help="stages; each halves the steps"
+    )
+    add_common_arguments(parser)
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    return run_command(lambda: distill(arguments))
+
+
+def distill(arguments: argparse.Namespace) -> None:
+    """Goes down the ladder, stage by stage, from where an earlier run stopped if there is one."""
+    from evaluation.report import LadderRow, write_report
+    from evaluation.trajectory import Trajectories, trajectory_error
+    from utils.build import build_dataset, choose_device
+    from utils.checkpoint import load_checkpoint
+    from utils.images import decode, make_grid, save_png
+    from utils.ladder import LadderRun, distillation_config, reference_steps, train_student
+    from utils.runs import delete_run
+
+    base_path = arguments.teacher_model_checkpoint
+    base = load_checkpoint(base_path)
+    overrides = list(arguments.set)
+    if arguments.initial_sampling_steps is not None:
+        overrides.append(f"distillation.first_steps={arguments.initial_sampling_steps}")
+    if arguments.distillation_iterations is not None:
+        overrides.append(f"distillation.iterations={arguments.distillation_iterations}")
+    config = distillation_config(base, base_path, arguments.config_path, overrides)
+    name = arguments.config_path.stem if arguments.config_path else base.name
+    output = arguments.output or Path(f"output/distilled/{name}")
+    if arguments.restart:
+        delete_run(output, ["student-*.pt", "student-*.png", "metrics.jsonl", "images.safetensors"])
+
+    device = choose_device(arguments.device)
+    run = LadderRun(config, name, output, device, build_dataset(config, device))
+    trajectories = Trajectories(output / "images.safetensors", config, device)
+    finest = reference_steps(base, config)
+    teachers, students, rows = {}, {}, []
+    teachers[finest] = trajectories.of(base, finest, f"teacher at {finest}")
+    teacher = base
+    for position, num_steps in enumerate(config.distillation.ladder()):
+        teacher = train_student(run, teacher, position)
+        students[num_steps] = trajectories.of(teacher, num_steps, f"student at {num_steps}")
+        teachers[num_steps] = trajectories.of(base, num_steps, f"teacher at {num_steps}")
+        grid = make_grid(decode(students[num_steps][: config.sampling.grid]))
+        save_png(output / f"student-{num_steps}.png", grid, scale=2)
+        rows.append(
+            LadderRow(
+                num_steps,
+                teacher.update,
+                trajectory_error(students[num_steps], teachers[finest]),
+                trajectory_error(teachers[num_steps], teachers[finest]),
+            )
+        )
+    print(write_report(output, name, rows, teachers, students, finest))
+    print(
+        f"\ndistilled to {rows[-1].num_steps} steps: {output}/student-*.pt; the table in "
+        f"{output}/ladder.md, the pictures comparison.png and ladder.png beside it\n"
+        f"next: python sample.py --checkpoint {output}/student-{rows[-1].num_steps}.pt"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How good are the samples: trajectories, and the report of a ladder."""

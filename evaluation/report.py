@@ -1,0 +1,132 @@
+"""The report of a ladder: a table, its numbers as JSON, and the pictures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from utils.files import atomic_write, write_text
+from utils.images import decode, make_grid
+
+PICTURED_STEPS = 8  # of the three-column picture: teacher | teacher at 8 | student at 8
+PICTURED_STAGES = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class LadderRow:
+    """A stage: both errors are trajectory errors to the reference, the teacher's undistilled."""
+
+    num_steps: int
+    updates: int
+    student_error: float
+    teacher_error: float
+
+    @property
+    def ratio(self) -> float:
+        """The student's error over the undistilled teacher's at the same step count."""
+        return self.student_error / self.teacher_error if self.teacher_error else float("inf")
+
+
+def ladder_table(rows: Sequence[LadderRow], reference_steps: int, num_images: int) -> str:
+    """The ladder as a Markdown table, with a line above that says what it shows."""
+    lines = [
+        f"Mean squared distance to the base teacher's {reference_steps}-step DDIM images from the "
+        f"same noise ({num_images} images, not clipped):",
+        "",
+        "| steps | updates | student | undistilled teacher | student / teacher |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row.num_steps} | {row.updates} | {row.student_error:.6f} | {row.teacher_error:.6f} "
+        f"| {row.ratio:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def write_report(
+    folder: Path,
+    name: str,
+    rows: Sequence[LadderRow],
+    teachers: Mapping[int, Tensor],
+    students: Mapping[int, Tensor],
+    reference_steps: int,
+) -> str:
+    """Writes ladder.md, ladder.json, comparison.png and ladder.png; returns the table.
+
+    teachers, students: images in the model's range by step count, from the same noise.
+    """
+    table = ladder_table(rows, reference_steps, len(teachers[reference_steps]))
+    shown = PICTURED_STEPS if PICTURED_STEPS in students else rows[-1].num_steps
+    write_text(
+        folder / "ladder.md",
+        f"# The ladder of {name}\n\n{table}\n\n"
+        f"![teacher at {reference_steps} steps, teacher at {shown}, student at {shown}]"
+        "(comparison.png)\n\n![teacher and students at few steps](ladder.png)\n",
+    )
+    numbers = {"reference_steps": reference_steps, "rows": [asdict(row) for row in rows]}
+    write_text(folder / "ladder.json", json.dumps(numbers, indent=2) + "\n")
+    draw_comparison(folder / "comparison.png", teachers, students, reference_steps, shown)
+    few = [n for n in PICTURED_STAGES if n in students] or [shown]
+    draw_ladder(folder / "ladder.png", teachers, students, reference_steps, few)
+    return table
+
+
+def draw_comparison(
+    path: Path,
+    teachers: Mapping[int, Tensor],
+    students: Mapping[int, Tensor],
+    reference_steps: int,
+    num_steps: int,
+) -> None:
+    """Three grids side by side: teacher at the reference steps, teacher and student at few."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    columns = [
+        (f"teacher, {_steps(reference_steps)}", teachers[reference_steps]),
+        (f"teacher, {_steps(num_steps)}", teachers[num_steps]),
+        (f"student, {_steps(num_steps)}", students[num_steps]),
+    ]
+    for axes, (title, images) in zip(figure.subplots(1, 3), columns, strict=True):
+        _show(axes, make_grid(decode(images)), title)
+    _save(path, figure)
+
+
+def draw_ladder(
+    path: Path,
+    teachers: Mapping[int, Tensor],
+    students: Mapping[int, Tensor],
+    reference_steps: int,
+    steps: Sequence[int],
+    columns: int = 16,
+) -> None:
+    """Rows of digits from the same noise: the reference, then student and teacher at few steps."""
+    from matplotlib.figure import Figure
+
+    rows = [(f"teacher, {_steps(reference_steps)}", teachers[reference_steps])]
+    for n in steps:
+        rows += [(f"student, {_steps(n)}", students[n]), (f"teacher, {_steps(n)}", teachers[n])]
+    figure = Figure(figsize=(12, 0.74 * len(rows) + 0.1), layout="constrained")
+    for axes, (title, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
+        _show(axes, make_grid(decode(images[:columns]), columns=columns), "")
+        axes.text(-0.01, 0.5, title, transform=axes.transAxes, ha="right", va="center")
+    _save(path, figure)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
+def _show(axes, image: Tensor, title: str) -> None:  # type: ignore[no-untyped-def]
+    pixels = image.permute(1, 2, 0).numpy()
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(title)
+    axes.set_axis_off()
+
+
+def _save(path: Path, figure) -> None:  # type: ignore[no-untyped-def]
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)

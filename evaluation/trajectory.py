@@ -1,0 +1,78 @@
+"""Trajectory agreement: how far a student's images lie from its teacher's, from the same noise."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from diffusion.gaussian import Denoiser
+from utils.build import (
+    build_denoiser,
+    build_network,
+    build_schedule,
+    image_shape,
+    load_weights,
+)
+from utils.checkpoint import Checkpoint, digest
+from utils.config import Config
+from utils.files import atomic_write
+from utils.randomness import ImageNoise
+from utils.sampling import class_labels, sample_batch
+
+NUM_IMAGES = 64
+
+
+def ddim_images(config: Config, denoiser: Denoiser, num_steps: int, title: str) -> Tensor:
+    """The images that DDIM makes in so many steps from the run's own noise, not clipped.
+
+    Their noise is a function of (config.seed, image index), so that every network of a run starts
+    from the same. Returns float32 (64, C, H, W), on the CPU.
+    """
+    device = next(denoiser.network.parameters()).device  # type: ignore[attr-defined]
+    indices = range(NUM_IMAGES)
+    num_classes = config.model.num_classes
+    images = sample_batch(
+        denoiser,
+        build_schedule(config),
+        num_steps,
+        ImageNoise(config.seed, indices, image_shape(config), device),
+        clip=False,
+        labels=class_labels(indices, None if num_classes is None else range(num_classes), device),
+        title=title,
+    )
+    return images.cpu()
+
+
+def trajectory_error(
+    images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
+) -> float:
+    """The mean squared distance between images in the model's range, over images and pixels."""
+    return (images.double() - reference.double()).square().mean().item()
+
+
+class Trajectories:
+    """The images of a ladder's networks from the same noise, made once and kept in a file."""
+
+    def __init__(self, path: Path, config: Config, device: torch.device) -> None:
+        self.path, self.config, self.device = path, config, device
+        self.images: dict[str, Tensor] = {}
+        if path.exists():
+            try:
+                self.images = load_file(path)
+            except (SafetensorError, OSError):
+                path.unlink()  # damaged: what it held can be made again
+
+    def of(self, checkpoint: Checkpoint, num_steps: int, title: str) -> Tensor:
+        """The checkpoint's unclipped DDIM images in so many steps."""
+        key = f"{num_steps}-{self.config.seed}-{digest(checkpoint.weights)}"
+        if key not in self.images:
+            network = build_network(self.config, self.device).eval()
+            load_weights(network, checkpoint.weights, self.path)
+            denoiser = build_denoiser(self.config, network)
+            self.images[key] = ddim_images(self.config, denoiser, num_steps, title)
+            with atomic_write(self.path) as file:
+                file.write(save(self.images))
+        return self.images[key]

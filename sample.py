@@ -1,0 +1,80 @@
+"""Draws samples from a checkpoint: python sample.py --checkpoint FILE.pt"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.command import InputError, add_device_argument, parse, run_command
+
+DESCRIPTION = """\
+Draw samples from a checkpoint, which knows its network, its sampler and its steps. Without --count:
+one picture, a grid. With --count: a folder of PNG files, or one .npz (arr_0, uint8, NHWC)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and samples. Returns the exit code: 0, 2 (bad input), 130."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FILE.pt")
+    add("--count", type=int, metavar="N", help="how many images, as files instead of a grid")
+    add("--batch_size", type=int, default=64, metavar="B", help="images at a time (64)")
+    add("--output", type=Path, metavar="X", help="a .png (grid), a folder or a .npz (--count)")
+    add("--trajectory", action="store_true", help="also a GIF and a strip of the denoising")
+    add("--seed", type=int, default=0, help="image k is a function of the seed and k (0)")
+    add("--labels", metavar="0,1,2", help="classes, taken in turn; -1 is no class")
+    add("--steps", type=int, metavar="N", help="by default the checkpoint's own")
+    add("--sampler", help="ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++")
+    add("--clip", action=argparse.BooleanOptionalAction, help="clip x_hat to [-1, 1] at each step")
+    add_device_argument(parser)
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    return run_command(lambda: sample(arguments))
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Draws what the command line asks for and writes it."""
+    from utils.build import build_denoiser, build_network, choose_device, load_weights
+    from utils.checkpoint import load_checkpoint
+    from utils.sampling import SampleRequest, write_folder, write_grid, write_npz
+
+    path = arguments.checkpoint
+    checkpoint = load_checkpoint(path)
+    device = choose_device(arguments.device)
+    network = build_network(checkpoint.config, device).eval()
+    load_weights(network, checkpoint.weights, path)
+    request = SampleRequest.of(
+        checkpoint,
+        build_denoiser(checkpoint.config, network),
+        device,
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        clip=arguments.clip,
+        seed=arguments.seed,
+        labels=arguments.labels,
+        batch_size=arguments.batch_size,
+    )
+    count, output = arguments.count, arguments.output
+    default = Path("output/samples") / f"{path.stem}-{request.num_steps}-steps"
+    if arguments.trajectory and count is not None:
+        raise InputError("--trajectory: goes with a grid, not with --count")
+    if count is None:
+        output = output or default.with_suffix(".png")
+        if output.suffix.lower() != ".png":
+            raise InputError(
+                f"--output {output}: a grid is written as .png; for files give --count"
+            )
+        written = write_grid(output, request, checkpoint.config.sampling.grid, arguments.trajectory)
+    elif count < 1:
+        raise InputError(f"--count {count}: take at least 1")
+    elif output is not None and output.suffix == ".npz":
+        written = write_npz(output, request, count)
+    elif output is not None and output.suffix:
+        raise InputError(f"--output {output}: with --count, a folder or a .npz")
+    else:
+        written = write_folder(output or default, request, count)
+    print(f"{request.num_steps} steps of {request.sampler}: {', '.join(map(str, written))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
