@@ -58,15 +58,17 @@ def ancestral(
 ) -> Float[Tensor, "b ..."]:
     """Ancestral sampling (Ho et al. 2020): z_s ~ q(z_s | z_t, x_hat); see posterior.
 
-    log_variance_mix: 0 the small variance, 1 the large one, between them log-linear. The last
-    step, to +inf, returns x_hat and draws nothing.
+    log_variance_mix: 0 the small variance, 1 the large one, between them log-linear. A last step
+    to +inf returns x_hat and draws nothing.
     """
+    ends_on_x_hat = bool(torch.isposinf(levels[-1]))
     for i, logsnr_t, logsnr_s in _steps(levels, len(z)):
         prediction = denoise(z, logsnr_t)
         if on_step is not None:
             on_step(i, z, prediction)
-        mean, variance = posterior(z, prediction.x, logsnr_t, logsnr_s, log_variance_mix)
-        z = mean + variance.sqrt() * draw_noise() if i > 0 else mean
+        z, variance = posterior(z, prediction.x, logsnr_t, logsnr_s, log_variance_mix)
+        if i > 0 or not ends_on_x_hat:
+            z = z + variance.sqrt() * draw_noise()
     return z
 
 

@@ -275,7 +275,7 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise InputError(f"{where}: {line}{error.problem}") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise InputError(f"{where}: not YAML: {str(error)[:200]}") from None
+        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
 

@@ -1,0 +1,168 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from diffusion.distillation import convex_weights, distillation_loss, distillation_target
+from diffusion.gaussian import (
+    OUTPUT_TYPES,
+    Denoiser,
+    Prediction,
+    clipped,
+    ddim_step,
+    eps_from_x,
+    velocity,
+)
+from diffusion.losses import LOSS_WEIGHTS, mean_square
+from diffusion.samplers import ddim
+from diffusion.schedule import sampling_levels, transition_levels
+from tests.toys import COSINE, STUDENTS, TEACHERS, golden, saying
+
+
+@pytest.mark.parametrize("num_steps", [2, 512])
+@pytest.mark.parametrize("output_type", ["v", "x"])
+def test_target_and_losses_are_the_reference(num_steps, output_type):
+    reference = golden("distill_loss.npz")
+    at = {
+        key.rsplit(f"n{num_steps}/", 1)[1]: value
+        for key, value in reference.items()
+        if f"n{num_steps}/" in key
+    }
+
+    def expect(actual, name, rows=slice(None)):
+        expected = at[name] if name in at else at[f"{output_type}/{name}"]
+        torch.testing.assert_close(actual[rows], expected[rows], rtol=1e-9, atol=1e-11)
+
+    teacher, student = TEACHERS[output_type], STUDENTS[output_type]
+    levels = transition_levels(COSINE, num_steps, at["i"], 2)
+    inner = at["i"] > 0  # at i = 0 the reference's last level is 20, ours +inf
+    expect(levels[0], "logsnr")
+    expect(levels[1], "logsnr_mid")
+    expect(levels[2], "logsnr_s", inner)
+    assert (levels[2][~inner] == torch.inf).all()
+
+    first = teacher(at["z_t"], levels[0])
+    expect(first.x, "x_pred_start")
+    z_mid = ddim_step(first, levels[1])
+    expect(z_mid, "z_mid")
+    second = teacher(z_mid, levels[1])
+    expect(second.x, "x_pred_mid")
+    expect(ddim_step(second, levels[2]), "z_teacher", inner)
+
+    x_target = distillation_target(teacher, at["z_t"], levels)
+    expect(x_target, "x_target")
+    target = Prediction(x_target, eps_from_x(at["z_t"], x_target, levels[0]))
+    expect(target.eps, "eps_target")
+    expect(velocity(target, levels[0]), "v_target")
+    prediction = student(at["z_t"], levels[0])
+    expect(mean_square(prediction.x - target.x), "x_mse")
+    expect(mean_square(prediction.eps - target.eps), "eps_mse")
+    x, eps = reference["x"], reference["eps"]
+    names = {"snr_plus_one": "loss_v_mse"}
+    for name, weight in LOSS_WEIGHTS.items():
+        loss = distillation_loss(student, teacher, x, eps, levels, weight)
+        expect(loss, names.get(name, f"loss_{name}"))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8])
+@pytest.mark.parametrize("output_type", OUTPUT_TYPES)
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 32])
+def test_one_student_step_lands_on_the_teachers_k_at_every_grid_point(num_steps, output_type, k):
+    teacher = STUDENTS["v"]
+    grid = sampling_levels(COSINE, k * num_steps)
+    for i in range(num_steps):
+        z = torch.randn(2, 1, 3, 3, dtype=torch.float64)
+        steps = grid[k * (num_steps - 1 - i) :][: k + 1]
+        z_s = ddim(teacher, z, steps)  # the sampler's own steps
+        levels = transition_levels(COSINE, num_steps, torch.full((2,), i), k)
+        x_target = distillation_target(teacher, z, levels)
+        student = saying(x_target, output_type)
+        landed = ddim_step(student(z, levels[0]), levels[-1])
+        torch.testing.assert_close(landed, z_s, rtol=1e-9, atol=1e-9)
+
+
+@given(
+    st.integers(1, 4096),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(sorted(OUTPUT_TYPES)),
+    st.integers(0, 2**31),
+    st.data(),
+)
+def test_one_student_step_lands_on_the_teachers_k(num_steps, k, output_type, seed, data):
+    i = data.draw(st.sampled_from([0, num_steps - 1]) | st.integers(0, num_steps - 1))
+    z = torch.randn(1, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    levels = transition_levels(COSINE, num_steps, torch.tensor([i]), k)
+    z_s = ddim(STUDENTS["v"], z, levels[:, 0])
+    x_target = distillation_target(STUDENTS["v"], z, levels)
+    landed = ddim_step(saying(x_target, output_type)(z, levels[0]), levels[-1])
+    torch.testing.assert_close(landed, z_s, rtol=1e-8, atol=1e-8)
+
+
+@given(st.integers(2, 4096), st.integers(0, 2**31), st.data())
+def test_the_convex_form_is_the_papers(num_steps, seed, data):
+    i = data.draw(st.integers(1, num_steps - 1))
+    z = torch.randn(1, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    levels = transition_levels(COSINE, num_steps, torch.tensor([i]), 2)
+    z_s = ddim(TEACHERS["v"], z, levels[:, 0])
+    alpha, sigma = torch.sigmoid(levels).sqrt(), torch.sigmoid(-levels).sqrt()
+    rho = sigma[2] / sigma[0]
+    subtractive = (z_s - rho * z) / (alpha[2] - rho * alpha[0])
+    x_target = distillation_target(TEACHERS["v"], z, levels)
+    # the paper's form loses digits where the two levels are close
+    torch.testing.assert_close(x_target, subtractive, rtol=1e-8, atol=1e-8)
+
+
+@given(st.integers(1, 4096), st.integers(2, 8), st.data())
+def test_the_weights_are_convex(num_steps, k, data):
+    i = data.draw(st.integers(0, num_steps - 1))
+    weights = convex_weights(transition_levels(COSINE, num_steps, torch.tensor([i]), k))[:, 0]
+    assert weights.shape == (k,)
+    assert (weights >= 0).all()
+    assert weights.sum().item() == pytest.approx(1.0, abs=1e-12)
+    if i == 0:
+        assert weights.tolist() == [0.0] * (k - 1) + [1.0]
+
+
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("num_steps", [1, 4, 4096])
+def test_at_the_last_step_the_target_is_the_teachers_last_x_hat(num_steps, k):
+    z = torch.randn(3, 1, 4, 4)
+    seen = []
+
+    def teacher(z, logsnr):
+        seen.append(STUDENTS["v"](z, logsnr).x)
+        return STUDENTS["v"](z, logsnr)
+
+    levels = transition_levels(COSINE, num_steps, torch.zeros(3, dtype=torch.long), k)
+    assert torch.equal(distillation_target(teacher, z, levels), seen[-1])
+    assert len(seen) == k
+
+
+def test_float32_loses_little_even_at_4096_steps():
+    i = torch.randint(1, 4096, (256,))
+    levels = transition_levels(COSINE, 4096, i, 2)
+    z = torch.randn(256, 1, 4, 4, dtype=torch.float64)
+    exact = distillation_target(TEACHERS["v"], z, levels)
+    single = distillation_target(TEACHERS["v"], z.float(), levels)
+    assert (single - exact).square().mean().sqrt() < 5e-6
+
+
+def test_no_gradient_reaches_the_teacher():
+    networks = [nn.Conv2d(1, 1, 3, padding=1) for _ in range(2)]
+    student, teacher = (
+        Denoiser(lambda z, logsnr, network=network: network(z), "v") for network in networks
+    )
+    x, eps = torch.randn(2, 4, 1, 8, 8)
+    levels = transition_levels(COSINE, 4, torch.arange(4), 2)
+    loss = distillation_loss(student, teacher, x, eps, levels, LOSS_WEIGHTS["snr_trunc"])
+    loss.mean().backward()
+    assert all(p.grad is not None for p in networks[0].parameters())
+    assert all(p.grad is None for p in networks[1].parameters())
+
+
+def test_the_target_is_not_clipped():
+    z, levels = 5 * torch.randn(4, 1, 4, 4), transition_levels(COSINE, 4, torch.arange(4), 2)
+    loud = Denoiser(lambda z, logsnr: 3 * torch.ones_like(z), "x")
+    torch.testing.assert_close(distillation_target(loud, z, levels), torch.full_like(z, 3.0))
+    assert (distillation_target(clipped(loud), z, levels) <= 1).all()

@@ -1,0 +1,118 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion.gaussian import (
+    OUTPUT_TYPES,
+    Denoiser,
+    Prediction,
+    clipped,
+    conditioned,
+    ddim_step,
+    diffuse,
+    eps_from_x,
+    posterior,
+    velocity,
+)
+from diffusion.schedule import alpha_sigma
+from tests.toys import STUDENTS, golden, saying
+
+
+def close(actual, expected, rtol=1e-9, atol=1e-12):
+    torch.testing.assert_close(actual, expected.expand_as(actual), rtol=rtol, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return golden("dpm_math.npz")
+
+
+def test_conversions_are_the_reference(reference):
+    z, x, eps, v, logsnr = (reference[key] for key in ("z", "x", "eps", "v", "logsnr"))
+    alpha, sigma = alpha_sigma(logsnr, z)
+    close(OUTPUT_TYPES["eps"].decode(eps, z, alpha, sigma).x, reference["predict_x_from_eps"])
+    close(OUTPUT_TYPES["v"].decode(v, z, alpha, sigma).x, reference["predict_x_from_v"])
+    close(eps_from_x(z, x, logsnr), reference["predict_eps_from_x"])
+    close(velocity(Prediction(x, eps), logsnr), reference["predict_v_from_x_and_eps"])
+
+
+def test_forward_process_is_the_reference(reference):
+    x, eps, logsnr = reference["x"], reference["eps"], reference["logsnr"]
+    mean, std = reference["forward/mean"], reference["forward/std"]
+    close(diffuse(x, eps, logsnr), mean + std * eps)
+    close(diffuse(x, torch.zeros_like(x), logsnr), mean)
+
+
+@pytest.mark.parametrize(("name", "mix"), [("small", 0.0), ("large", 1.0), ("medium_0.3", 0.3)])
+def test_reverse_process_is_the_reference(reference, name, mix):
+    mean, variance = posterior(
+        reference["z"], reference["x"], reference["logsnr_t"], reference["logsnr_s"], mix
+    )
+    close(mean, reference[f"reverse_{name}/mean"])
+    close(variance, reference[f"reverse_{name}/var"])
+    close(variance.sqrt(), reference[f"reverse_{name}/std"])
+
+
+@pytest.mark.parametrize("output_type", OUTPUT_TYPES)
+@pytest.mark.parametrize("clip", [False, True])
+def test_predictions_are_the_reference(reference, output_type, clip):
+    denoise = clipped(STUDENTS[output_type]) if clip else STUDENTS[output_type]
+    logsnr = reference["logsnr"]
+    prediction = denoise(reference["z"], logsnr)
+    where = f"run_model/{output_type}/clip{int(clip)}"
+    close(prediction.x, reference[f"{where}/model_x"])
+    # eps = (z - alpha x) / sigma cancels where sigma is 4.5e-5
+    close(prediction.eps, reference[f"{where}/model_eps"], rtol=1e-9, atol=1e-10)
+    close(velocity(prediction, logsnr), reference[f"{where}/model_v"], rtol=1e-9, atol=1e-10)
+
+
+@given(st.sampled_from(sorted(OUTPUT_TYPES)), st.floats(-20, 20), st.integers(0, 2**31))
+def test_every_output_type_says_what_it_was_given(output_type, level, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x, eps = torch.randn(2, 2, 1, 3, 3, generator=rng, dtype=torch.float64)
+    logsnr = torch.full((2,), level, dtype=torch.float64)
+    z = diffuse(x, eps, logsnr)
+    prediction = saying(x, output_type)(z, logsnr)
+    alpha = torch.sigmoid(logsnr).sqrt().min()
+    close(prediction.x, x, rtol=1e-9, atol=1e-14 / alpha.item())
+    close(diffuse(*prediction, logsnr), z, rtol=1e-9, atol=1e-9)  # x_hat and eps_hat make up z
+
+
+def test_a_ddim_step_to_infinity_is_x_hat_to_the_bit():
+    x, eps = torch.randn(2, 3, 1, 4, 4)
+    assert torch.equal(ddim_step(Prediction(x, eps), torch.full((3,), torch.inf)), x)
+
+
+def test_a_ddim_step_nowhere_stays_where_it_is():
+    z, logsnr = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([-3.0, 0.0, 7.0])
+    prediction = STUDENTS["v"](z, logsnr.double())
+    close(ddim_step(prediction, logsnr.double()), z)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
+def test_the_posterior_at_infinity_is_x_without_noise(mix):
+    z, x = torch.randn(2, 3, 1, 4, 4)
+    infinite = torch.full((3,), torch.inf)
+    mean, variance = posterior(z, x, torch.tensor([-20.0, 0.0, 9.0]), infinite, mix)
+    torch.testing.assert_close(mean, x)
+    assert (variance == 0).all()
+
+
+def test_clipping_keeps_z_and_bounds_x():
+    z, logsnr = 3 * torch.randn(4, 1, 4, 4, dtype=torch.float64), torch.zeros(4).double()
+    prediction = clipped(STUDENTS["x"])(z, logsnr)
+    assert prediction.x.abs().max() == 1
+    close(diffuse(*prediction, logsnr), z)
+
+
+def test_a_condition_reaches_the_network():
+    seen = []
+
+    def network(z, logsnr, label):
+        seen.append(label)
+        return z
+
+    label = torch.tensor([1, 2])
+    conditioned(Denoiser(network, "v"), label=label)(torch.zeros(2, 1, 2, 2), torch.zeros(2))
+    assert seen[0] is label

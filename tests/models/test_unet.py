@@ -1,0 +1,284 @@
+import msgpack
+import numpy as np
+import pytest
+import torch
+
+from models.layers import Attention, ResBlock, group_norm, lecun_normal_, time_features
+from models.unet import UNet
+from tests.toys import GOLDEN, golden
+
+SMALL = {
+    "image_size": 16,
+    "image_channels": 1,
+    "output_channels": 1,
+    "channels": 8,
+    "embedding_channels": None,
+    "channel_multipliers": [1, 2],
+    "blocks_per_level": 1,
+    "attention_resolutions": [8],
+    "attention_heads": 2,
+    "attention_head_dim": None,
+    "dropout": 0.0,
+    "resample": "block",
+    "patch_size": 1,
+    "num_classes": None,
+}
+
+
+def awake(network):
+    """The network with its zero-initialised weights drawn, so that every part of it speaks."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+# --- the original's parameters ------------------------------------------------------------------
+
+
+def read_reference_parameters():
+    """ema_params of the original's checkpoint: arrays are ExtType 1 of (shape, dtype, bytes)."""
+
+    def array(code, data):
+        shape, dtype, content = msgpack.unpackb(data)
+        return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).astype(np.float64))
+
+    content = (GOLDEN / "checkpoint.msgpack").read_bytes()
+    return msgpack.unpackb(content, ext_hook=array, strict_map_key=False)["ema_params"]
+
+
+def to_state_dict(parameters, levels):
+    """The original's names and axes -> ours."""
+    state = {}
+
+    def put(name, weight, bias):
+        state[f"{name}.weight"], state[f"{name}.bias"] = weight, bias.flatten()
+
+    def norm(name, p):
+        put(name, p["scale"].flatten(), p["bias"])
+
+    def dense(name, p):
+        put(name, p["kernel"].T, p["bias"])
+
+    def conv(name, p):
+        put(name, p["kernel"].permute(3, 2, 0, 1), p["bias"])
+
+    def block(name, p):
+        norm(f"{name}.norm1", p["norm1"])
+        conv(f"{name}.conv1", p["conv1"])
+        dense(f"{name}.scale_shift", p["temb_proj"])
+        norm(f"{name}.norm2", p["norm2"])
+        conv(f"{name}.conv2", p["conv2"])
+        if "nin_shortcut" in p:
+            skip = p["nin_shortcut"]
+            put(f"{name}.skip", skip["kernel"].T[:, :, None, None], skip["bias"])
+
+    def attention(name, p):
+        norm(f"{name}.norm", p["norm"])
+        weights = [p[part]["kernel"].flatten(1).T for part in "qkv"]
+        biases = [p[part]["bias"].flatten() for part in "qkv"]
+        put(f"{name}.qkv", torch.cat(weights), torch.cat(biases))
+        put(f"{name}.out", p["proj_out"]["kernel"].flatten(0, 1).T, p["proj_out"]["bias"])
+
+    fixed = {
+        "dense0": (dense, "time_in"),
+        "dense1": (dense, "time_out"),
+        "class_emb": (dense, "class_embedding"),
+        "conv_in": (conv, "conv_in"),
+        "conv_out": (conv, "conv_out"),
+        "norm_out": (norm, "norm_out"),
+        "mid.block_1": (block, "middle_in"),
+        "mid.attn_1": (attention, "middle_attention"),
+        "mid.block_2": (block, "middle_out"),
+    }
+    for key, p in parameters.items():
+        if key in fixed:
+            convert, name = fixed[key]
+            convert(name, p)
+            continue
+        way_level, part = key.split(".")
+        way, level = way_level.split("_")
+        at = f"{way}.{int(level) if way == 'down' else levels - 1 - int(level)}"
+        kind, _, number = part.partition("_")
+        if kind == "block":
+            block(f"{at}.blocks.{number}", p)
+        elif kind == "attn":
+            attention(f"{at}.attentions.{number}", p)
+        else:
+            conv(f"{at}.resample.conv", p)
+    return state
+
+
+def test_the_unet_is_the_reference():
+    network = UNet(
+        **SMALL
+        | {
+            "image_channels": 3,
+            "output_channels": 3,
+            "channels": 32,
+            "embedding_channels": 128,
+            "resample": "conv",
+            "num_classes": 10,
+        }
+    ).double()
+    network.load_state_dict(to_state_dict(read_reference_parameters(), levels=2))
+    reference = golden("unet_B_io.npz")
+    x, logsnr, label = reference["x"], reference["logsnr"], reference["y"]
+    output = network(x, logsnr, label)
+    torch.testing.assert_close(output, reference["out"], rtol=0, atol=1e-10)
+    single = network.float()(x.float(), logsnr.float(), label)
+    torch.testing.assert_close(single.double(), reference["out"], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [
+        (  # CIFAR-10
+            {
+                "image_size": 32,
+                "channels": 256,
+                "channel_multipliers": [1, 1, 1],
+                "attention_resolutions": [8, 16],
+                "attention_heads": 1,
+                "output_channels": 3,
+            },
+            60_004_099,
+        ),
+        (  # ImageNet-64
+            {
+                "image_size": 64,
+                "channels": 192,
+                "channel_multipliers": [1, 2, 3, 4],
+                "attention_resolutions": [8, 16, 32],
+                "attention_head_dim": 64,
+                "num_classes": 1000,
+                "output_channels": 6,
+            },
+            295_905_222,
+        ),
+        (  # LSUN 128
+            {
+                "image_size": 128,
+                "channels": 64,
+                "embedding_channels": 768,
+                "channel_multipliers": [1, 2, 4, 6, 8],
+                "attention_resolutions": [8, 16, 32],
+                "attention_head_dim": 64,
+                "output_channels": 6,
+            },
+            139_578_502,
+        ),
+    ],
+)
+def test_the_papers_networks_have_the_papers_sizes(sizes, count):
+    with torch.device("meta"):
+        network = UNet(**SMALL | {"image_channels": 3, "blocks_per_level": 3} | sizes)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+# --- shapes and parts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"patch_size": 2, "attention_resolutions": [4]},
+        {"resample": "conv"},
+        {"image_channels": 3, "output_channels": 6},
+        {"channel_multipliers": [1], "attention_resolutions": []},
+        {"attention_head_dim": 4, "blocks_per_level": 2},
+        {"channels": 9, "attention_heads": 3, "embedding_channels": 20},
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_size_is_an_argument(changes, memory_format):
+    sizes = SMALL | changes
+    network = UNet(**sizes).to(memory_format=memory_format)
+    z = torch.randn(2, sizes["image_channels"], 16, 16)
+    output = network(z, torch.zeros(2))
+    assert output.shape == (2, sizes["output_channels"], 16, 16)
+    assert not output.any(), "the output convolution begins at zero"
+    assert awake(network)(z, torch.zeros(2)).any()
+
+
+def test_the_output_depends_on_everything():
+    network = awake(UNet(**SMALL | {"num_classes": 3}))
+    z, logsnr = torch.randn(2, 1, 16, 16), torch.tensor([-1.0, 1.0])
+    output = network(z, logsnr, torch.tensor([0, 1]))
+    assert not torch.allclose(output, network(z, logsnr + 1, torch.tensor([0, 1])))
+    assert not torch.allclose(output, network(z, logsnr, torch.tensor([0, 2]))[1])
+    for parameter in network.parameters():
+        parameter.grad = None
+    output.sum().backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent
+
+
+def test_a_missing_label_is_the_bias_alone():
+    network = awake(UNet(**SMALL | {"num_classes": 3}))
+    z, logsnr = torch.randn(2, 1, 16, 16), torch.zeros(2)
+    missing = network(z, logsnr, torch.tensor([-1, -1]))
+    assert torch.equal(missing, network(z, logsnr))
+    with torch.no_grad():
+        network.class_embedding.weight.zero_()
+    torch.testing.assert_close(network(z, logsnr, torch.tensor([2, 0])), missing)
+
+
+def test_a_label_for_a_network_without_classes_is_an_error():
+    with pytest.raises(ValueError, match="without classes"):
+        UNet(**SMALL)(torch.zeros(1, 1, 16, 16), torch.zeros(1), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("resample", [None, "down", "up"])
+def test_a_residual_block_begins_as_its_skip(resample):
+    block = ResBlock(8, 8, 16, 0.5, resample).eval()
+    x = torch.randn(1, 8, 4, 4)
+    expected = {
+        None: x,
+        "down": torch.nn.functional.avg_pool2d(x, 2),
+        "up": x.repeat_interleave(2, 2).repeat_interleave(2, 3),
+    }[resample]
+    torch.testing.assert_close(block(x, torch.randn(1, 16)), expected)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    attention = awake(Attention(8, heads=2)).double()
+    x = torch.randn(1, 8, 2, 3, dtype=torch.float64)
+    tokens = attention.norm(x).flatten(2)[0].T
+    q, k, v = attention.qkv(tokens).reshape(6, 3, 2, 4).permute(1, 2, 0, 3)
+    weights = torch.softmax(q @ k.transpose(1, 2) / 2.0, dim=-1)  # sqrt of width 4
+    out = attention.out((weights @ v).permute(1, 0, 2).reshape(6, 8))
+    torch.testing.assert_close(attention(x), x + out.T.reshape(1, 8, 2, 3))
+
+
+def test_time_features():
+    features = time_features(torch.tensor([-20.0, 0.0, 20.0, 50.0]).double(), 9)
+    assert features.shape == (4, 9)
+    assert not features[:, -1].any(), "an odd channel is a zero"
+    torch.testing.assert_close(features[1, 0], torch.tensor(500.0).double().sin())
+    torch.testing.assert_close(features[1, 3], torch.tensor(500.0 / 10000).double().sin())
+    assert torch.equal(features[2], features[3]), "clipped to [-20, 20]"
+
+
+def test_group_norm_has_the_largest_common_divisor_of_groups():
+    assert [group_norm(c).num_groups for c in (32, 64, 48, 24, 9)] == [32, 32, 16, 8, 1]
+    assert group_norm(64).eps == 1e-6
+
+
+def test_lecun_normal_has_variance_one_over_fan_in():
+    weight = torch.empty(512, 64, 3, 3)
+    lecun_normal_(weight)
+    expected = (1 / (64 * 9)) ** 0.5
+    assert weight.std().item() == pytest.approx(expected, rel=0.01)
+    assert weight.abs().max().item() <= 2 * expected / 0.8796 * 1.001
+
+
+def test_bf16_autocast_is_close_to_float32():
+    network = awake(UNet(**SMALL))
+    z, logsnr = torch.randn(2, 1, 16, 16), torch.zeros(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = network(z, logsnr)
+    full = network(z, logsnr)
+    assert low.dtype == torch.bfloat16
+    assert (low - full).abs().mean() < 0.05 * full.abs().mean()

@@ -1,0 +1,245 @@
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.command import InputError
+from utils.config import (
+    Config,
+    DistillationConfig,
+    differences,
+    load_config,
+    make_config,
+    override,
+    parse_yaml,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def error_of(values):
+    with pytest.raises(InputError) as caught:
+        make_config(values, "x.yaml")
+    message = str(caught.value)
+    assert message.startswith("x.yaml: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_of_the_repository_is_valid(path):
+    load_config(path)
+
+
+def test_the_tutorials_config_is_the_tutorials_recipe():
+    config = load_config(CONFIGS / "ddpm_32x32_v_continuous.yaml")
+    assert config == Config(), "the defaults are the tutorial's recipe"
+    model = config.model
+    assert (model.channels, model.channel_multipliers) == (128, (1, 2, 2, 2))
+    assert (model.blocks_per_level, model.attention_resolutions) == (2, (16,))
+    assert (model.attention_heads, model.dropout) == (2, 0.1)
+    training = config.training
+    assert (training.updates, training.batch_size, training.learning_rate) == (10000, 128, 2e-4)
+    assert config.sampling.steps == 1024
+    assert config.distillation.ladder() == (512, 256, 128, 64, 32, 16, 8)
+    assert config.distillation.updates(0) == 5000
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "hint"),
+    [
+        ({"model": {"chanels": 8}}, "model.chanels", "did you mean channels"),
+        ({"traning": {}}, "traning", "did you mean training"),
+        ({"updates": 3}, "updates", "did you mean training.updates"),
+        ({"model": {"channels": True}}, "model.channels", "valid integer"),
+        ({"model": {"channels": 8.0}}, "model.channels", "valid integer"),
+        ({"model": {"channels": "8"}}, "model.channels", "valid integer"),
+        ({"model": {"channels": 0}}, "model.channels", "greater than or equal to 4"),
+        ({"model": {"dropout": 1.0}}, "model.dropout", "less than 1"),
+        ({"model": {"dropout": float("nan")}}, "model.dropout", "finite"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate", "finite"),
+        ({"training": {"learning_rate": 0.0}}, "training.learning_rate", "greater than 0"),
+        ({"training": {"updates": -1}}, "training.updates", "greater than or equal to 1"),
+        ({"training": None}, "training", "TrainingConfig"),
+        ({"data": {"channels": 2}}, "data.channels", "1 or 3"),
+        ({"data": {"name": "mnits"}}, "data.name", "mnist, fashion_mnist"),
+        ({"diffusion": {"prediction": "u"}}, "diffusion.prediction", "x, eps, v, both"),
+        ({"sampling": {"sampler": "ddpm"}}, "sampling.sampler", "ddim, ancestral"),
+        ({"data": {"image_size": 30}}, "data.image_size", "not divisible by 8"),
+        ({"model": {"patch_size": 3}}, "data.image_size", "not divisible by 24"),
+        ({"model": {"attention_resolutions": [5]}}, "model.attention_resolutions", "32, 16, 8, 4"),
+        ({"model": {"attention_heads": 3}}, "model.attention_heads", "does not divide"),
+        ({"model": {"attention_head_dim": 48}}, "model.attention_head_dim", "does not divide"),
+        ({"model": {"channel_multipliers": []}}, "model.channel_multipliers", "at least 1"),
+        ({"model": {"channel_multipliers": [1, 0]}}, "model.channel_multipliers.1", "1"),
+        ({"distillation": {"first_steps": 12, "iterations": 4}}, "distillation", "halved"),
+        (
+            {"distillation": {"updates_per_stage": [5, 6]}},
+            "distillation",
+            "lists 2 stages, but iterations is 7",
+        ),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_its_key(values, key, hint):
+    message = error_of(values)
+    assert f": {key}: " in message or key in message
+    assert hint in message
+
+
+def test_all_errors_are_counted():
+    assert "(and 1 more)" in error_of({"model": {"channels": 0, "dropout": 2.0}})
+
+
+# --- YAML's traps ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E3", 1000.0),
+        ("-2.5e+1", -25.0),
+        (".5", 0.5),
+        ("010", 10),
+        ("12:30", "12:30"),
+        ("yes", "yes"),
+        ("true", True),
+        ("~", None),
+        (".nan", ".nan"),
+        (".inf", ".inf"),
+        ("-.Inf", "-.Inf"),
+        ("2024-01-01", "2024-01-01"),
+        ("[1, 2]", [1, 2]),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    parsed = parse_yaml(text, "x")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2: seed is given twice"),
+        ("model: {channels: 8, channels: 8}", "channels is given twice"),
+        ("a: &x [1]\nb: *x\n", "line 2: aliases"),
+        ("a: &x [*x]", "aliases"),
+        ("<<: {seed: 1}\nseed: [", "line 2"),
+        ("a: !!python/object/apply:os.system [echo]", "could not determine a constructor"),
+        ("\t- a", "line 1"),
+        ("a: " + "[" * 3000, "x: "),
+        ("a: " + "9" * 5000, "x: "),
+        ("? [a, b]\n: 1\n? {c: d}\n: 2", "x: "),
+        ("\x00", "x: "),
+    ],
+)
+def test_bad_yaml_is_one_line(text, hint):
+    with pytest.raises(InputError, match=re.escape(hint)) as caught:
+        parse_yaml(text, "x")
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_an_alias_bomb_does_no_harm():
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    with pytest.raises(InputError, match="aliases"):
+        parse_yaml("\n".join(lines), "x")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, width=16),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3)
+        ),
+    )
+)
+def test_plain_yaml_reads_as_written(value):
+    def same(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        if isinstance(a, list):
+            return len(a) == len(b) and all(map(same, a, b))
+        return a == b or str(a) == "inf" or str(a) == "-inf"
+
+    assert same(value, parse_yaml(yaml.safe_dump(value), "x"))
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_value_or_one_error(text):
+    with suppress(InputError):
+        parse_yaml(text, "x")
+
+
+# --- --set ----------------------------------------------------------------------------------
+
+
+def test_set_overrides_and_is_checked_alike():
+    values = override(
+        {"model": {"channels": 8}}, ["model.channels=16", "training.updates=1", "seed=7"]
+    )
+    assert values == {"model": {"channels": 16}, "training": {"updates": 1}, "seed": 7}
+    assert override({}, ["distillation.updates_per_stage=[1, 2]"]) == {
+        "distillation": {"updates_per_stage": [1, 2]}
+    }
+    assert "model.channels" in error_of(override({}, ["model.channels=true"]))
+    assert "did you mean" in error_of(override({}, ["model.chanels=8"]))
+
+
+@pytest.mark.parametrize("item", ["model.channels", "=3", "seed.x=3", "model.channels.x=3", ""])
+def test_a_malformed_set_is_one_line(item):
+    with pytest.raises(InputError, match="--set"):
+        override({"seed": 1, "model": {"channels": 8}}, [item])
+
+
+def test_the_file_is_named(tmp_path):
+    path = tmp_path / "a.yaml"
+    with pytest.raises(InputError, match=f"{path}: no such config"):
+        load_config(path)
+    path.write_text("seed: -1\n")
+    with pytest.raises(InputError, match=f"{path}: seed: .*greater than or equal to 0"):
+        load_config(path)
+    with pytest.raises(InputError, match="did you mean"):
+        load_config(tmp_path / "b.yaml")
+    path.write_text("- 1\n")
+    with pytest.raises(InputError, match="not a mapping"):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_config(path)
+    with pytest.raises(InputError, match="folder"):
+        load_config(tmp_path)
+    path.write_text("")
+    assert load_config(path) == Config()
+
+
+# --- the ladder -----------------------------------------------------------------------------
+
+
+@given(st.integers(1, 2**20), st.integers(1, 22))
+def test_a_ladder_halves_or_is_refused(first_steps, iterations):
+    if first_steps % 2 ** (iterations - 1):
+        with pytest.raises(ValueError, match="cannot be halved"):
+            DistillationConfig(first_steps=first_steps, iterations=iterations)
+        return
+    ladder = DistillationConfig(first_steps=first_steps, iterations=iterations).ladder()
+    assert ladder == tuple(first_steps // 2**n for n in range(iterations))
+    assert ladder[-1] * 2 ** (iterations - 1) == first_steps
+
+
+def test_updates_per_stage_is_a_number_or_a_list():
+    config = DistillationConfig(first_steps=4, iterations=3, updates_per_stage=[1, 2, 3])
+    assert [config.updates(n) for n in range(3)] == [1, 2, 3]
+    assert DistillationConfig(updates_per_stage=9).updates(6) == 9
+
+
+def test_a_config_survives_json_and_tells_differences():
+    config = make_config({"model": {"channels": 64}, "seed": 3}, "x")
+    assert make_config(config.model_dump(mode="json"), "x") == config
+    assert differences(config, Config(), ("seed", "data", "model")) == ["seed", "model.channels"]
