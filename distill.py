@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import add_common_arguments, parse, run_command
+from utils.command import GO_ON, add_common_arguments, parse, run_command
 
 DESCRIPTION = """\
 Progressive distillation: each stage copies its teacher into a student that learns to match two
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
-    return run_command(lambda: distill(arguments))
+    return run_command(lambda: distill(arguments), GO_ON)
 
 
 def distill(arguments: argparse.Namespace) -> None:
@@ -42,8 +42,8 @@ def distill(arguments: argparse.Namespace) -> None:
     from utils.build import build_dataset, choose_device
     from utils.checkpoint import load_checkpoint
     from utils.images import decode, make_grid, save_png
-    from utils.ladder import LadderRun, distillation_config, reference_steps, train_student
-    from utils.runs import delete_run
+    from utils.runs import delete_run, distillation_config, reference_steps
+    from utils.stages import Run, train_student
 
     base_path = arguments.teacher_model_checkpoint
     base = load_checkpoint(base_path)
@@ -59,7 +59,7 @@ def distill(arguments: argparse.Namespace) -> None:
         delete_run(output, ["student-*.pt", "student-*.png", "metrics.jsonl", "images.safetensors"])
 
     device = choose_device(arguments.device)
-    run = LadderRun(config, name, output, device, build_dataset(config, device))
+    run = Run(config, name, output, device, build_dataset(config, device))
     trajectories = Trajectories(output / "images.safetensors", config, device)
     finest = reference_steps(base, config)
     teachers, students, rows = {}, {}, []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from evaluation.trajectory import NUM_IMAGES
 from utils.files import atomic_write, write_text
 from utils.images import decode, make_grid
 
@@ -29,11 +30,11 @@ class LadderRow:
         return self.student_error / self.teacher_error if self.teacher_error else float("inf")
 
 
-def ladder_table(rows: Sequence[LadderRow], reference_steps: int, num_images: int) -> str:
+def ladder_table(rows: Sequence[LadderRow], reference_steps: int) -> str:
     """The ladder as a Markdown table, with a line above that says what it shows."""
     lines = [
         f"Mean squared distance to the base teacher's {reference_steps}-step DDIM images from the "
-        f"same noise ({num_images} images, not clipped):",
+        f"same noise ({NUM_IMAGES} images, not clipped):",
         "",
         "| steps | updates | student | undistilled teacher | student / teacher |",
         "|---:|---:|---:|---:|---:|",
@@ -58,7 +59,7 @@ def write_report(
 
     teachers, students: images in the model's range by step count, from the same noise.
     """
-    table = ladder_table(rows, reference_steps, len(teachers[reference_steps]))
+    table = ladder_table(rows, reference_steps)
     shown = PICTURED_STEPS if PICTURED_STEPS in students else rows[-1].num_steps
     write_text(
         folder / "ladder.md",

@@ -22,17 +22,18 @@ from utils.files import atomic_write
 from utils.randomness import ImageNoise
 from utils.sampling import class_labels, sample_batch
 
-NUM_IMAGES = 64
+NUM_IMAGES = 64  # over which a trajectory error is taken
 
 
-def ddim_images(config: Config, denoiser: Denoiser, num_steps: int, title: str) -> Tensor:
-    """The images that DDIM makes in so many steps from the run's own noise, not clipped.
+def ddim_images(
+    config: Config, denoiser: Denoiser, num_steps: int, indices: range, title: str
+) -> Tensor:
+    """The images of these indices that DDIM makes in so many steps from the run's own noise.
 
-    Their noise is a function of (config.seed, image index), so that every network of a run starts
-    from the same. Returns float32 (64, C, H, W), on the CPU.
+    Not clipped. Their noise is a function of (config.seed, image index), so that every network of
+    a run starts from the same. Returns float32 (N, C, H, W), on the CPU.
     """
     device = next(denoiser.network.parameters()).device  # type: ignore[attr-defined]
-    indices = range(NUM_IMAGES)
     num_classes = config.model.num_classes
     images = sample_batch(
         denoiser,
@@ -49,8 +50,9 @@ def ddim_images(config: Config, denoiser: Denoiser, num_steps: int, title: str) 
 def trajectory_error(
     images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
 ) -> float:
-    """The mean squared distance between images in the model's range, over images and pixels."""
-    return (images.double() - reference.double()).square().mean().item()
+    """The mean squared distance to the reference, over the first 64 images and all pixels."""
+    difference = images[:NUM_IMAGES].double() - reference[:NUM_IMAGES].double()
+    return difference.square().mean().item()
 
 
 class Trajectories:
@@ -67,12 +69,16 @@ class Trajectories:
 
     def of(self, checkpoint: Checkpoint, num_steps: int, title: str) -> Tensor:
         """The checkpoint's unclipped DDIM images in so many steps."""
-        key = f"{num_steps}-{self.config.seed}-{digest(checkpoint.weights)}"
+        key = f"{num_steps} {self.config.sampling.grid} {digest(checkpoint.weights)}"
         if key not in self.images:
             network = build_network(self.config, self.device).eval()
             load_weights(network, checkpoint.weights, self.path)
             denoiser = build_denoiser(self.config, network)
-            self.images[key] = ddim_images(self.config, denoiser, num_steps, title)
+            count = max(NUM_IMAGES, self.config.sampling.grid)
+            parts = [range(n, min(n + 64, count)) for n in range(0, count, 64)]
+            self.images[key] = torch.cat(
+                [ddim_images(self.config, denoiser, num_steps, part, title) for part in parts]
+            )
             with atomic_write(self.path) as file:
                 file.write(save(self.images))
         return self.images[key]

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+GO_ON = "stopped; run the same command again to go on from the last checkpoint"
 
 
 class InputError(Exception):
@@ -23,7 +24,7 @@ class Stopped(Exception):
     """The run was asked to stop, has saved, and says how to go on."""
 
 
-def run_command(work: Callable[[], None]) -> int:
+def run_command(work: Callable[[], None], if_stopped: str = "stopped") -> int:
     """Does the work and gives the exit code: 0, 2 with one line on bad input, 130 after Ctrl-C."""
     try:
         work()
@@ -32,7 +33,7 @@ def run_command(work: Callable[[], None]) -> int:
     except Stopped as stopped:
         return _fail(str(stopped), INTERRUPTED)
     except KeyboardInterrupt:
-        return _fail("stopped", INTERRUPTED)
+        return _fail(if_stopped, INTERRUPTED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror or error}", BAD_INPUT)

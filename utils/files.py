@@ -9,7 +9,10 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the path's place when the block ends well, and only then."""
+    """A binary file that takes the path's place when the block ends well, and only then.
+
+    Raises OSError that names the path, whatever a full disk made the writer in the block raise.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -18,9 +21,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):  # torch.save hides it behind an error of its own
+            raise OSError(cause.errno, f"not written: {cause.strerror}", str(path)) from None
         raise
 
 

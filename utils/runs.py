@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command import InputError
-from utils.config import Config, differences
+from utils.config import Config, differences, load_config, make_config, override
 
 # What may change while a run goes on: where things lie and what is drawn, not what is learnt.
 FREE_KEYS = {"data.root", "data.workers", "training.checkpoint_every"} | {
@@ -56,3 +56,48 @@ def delete_run(folder: Path, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
+
+
+# --- what a ladder is asked for ------------------------------------------------------------------
+
+
+def distillation_config(
+    teacher: Checkpoint, teacher_path: Path, config_path: Path | None, overrides: list[str]
+) -> Config:
+    """The checkpoint's config with distillation and sampling as asked for now, and where data lies.
+
+    Warns in one line of what else was asked for: the network, the diffusion and the data are the
+    checkpoint's. Raises InputError for step counts that cannot follow the teacher's.
+    """
+    if config_path is not None:
+        given = load_config(config_path, overrides)
+    else:
+        values = override(teacher.config.model_dump(mode="json"), overrides)
+        given = make_config(
+            values, f"{teacher_path} with --set" if overrides else str(teacher_path)
+        )
+    sections = ("seed", "model", "diffusion", "data")
+    ignored = [k for k in differences(teacher.config, given, sections) if k not in FREE_KEYS]
+    if ignored:
+        warn(
+            f"{config_path or '--set'}: {', '.join(ignored)} differ from {teacher_path}; "
+            "the checkpoint's values hold"
+        )
+    first = given.distillation.first_steps
+    if teacher.num_steps is not None and teacher.num_steps != 2 * first:
+        raise InputError(
+            f"{teacher_path}: makes {teacher.num_steps} steps, so its student cannot make "
+            f"{first} (distillation.first_steps, --initial_sampling_steps): "
+            + (f"take {teacher.num_steps // 2}" if teacher.num_steps % 2 == 0 else "it is odd")
+        )
+    data = teacher.config.data.model_copy(
+        update={"root": given.data.root, "workers": given.data.workers}
+    )
+    return teacher.config.model_copy(
+        update={"distillation": given.distillation, "sampling": given.sampling, "data": data}
+    )
+
+
+def reference_steps(teacher: Checkpoint, config: Config) -> int:
+    """The steps of the images that a ladder is measured by: the base teacher's finest grid."""
+    return teacher.num_steps or max(config.sampling.steps, 2 * config.distillation.first_steps)

@@ -185,14 +185,16 @@ def run_stage(
     losses: Losses,
     *,
     metrics_path: Path,
-    save: Callable[[Trainee], Any],
+    save: Callable[[], None],
+    draw: Callable[[], None] | None = None,
     title: str,
     **labels: Any,
 ) -> None:
     """Trains the stage to its end with a progress bar, metrics and checkpoints on the way.
 
-    save is called after every plan.checkpoint_every updates, after the last one, and when the run
-    is asked to stop: then Stopped is raised. labels: written into every line of the metrics.
+    save is called, then draw, after every plan.checkpoint_every updates and after the last one.
+    When the run is asked to stop, save is called and Stopped raised. labels: written into every
+    line of the metrics.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
@@ -212,13 +214,15 @@ def run_stage(
                 refresh=False,
             )
             bar.update()
-            done = trainee.update == plan.updates
-            if done or stop.requested or trainee.update % plan.checkpoint_every == 0:
+            due = trainee.update == plan.updates or trainee.update % plan.checkpoint_every == 0
+            if due or stop.requested:
                 log.file.flush()
-                save(trainee)
-                start = time.perf_counter()
-            if stop.requested and not done:
+                save()
+            if stop.requested:
                 raise Stopped(
-                    f"stopped and saved at update {trainee.update} of {plan.updates}; "
+                    f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
                     "run the same command again to go on"
                 )
+            if due and draw is not None:
+                draw()
+                start = time.perf_counter()

@@ -1,0 +1,82 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from evaluation.report import LadderRow, ladder_table, write_report
+from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
+from tests.toys import tiny
+from utils.build import build_network
+from utils.checkpoint import Checkpoint
+from utils.config import make_config
+
+CPU = torch.device("cpu")
+
+
+def base(config):
+    network = build_network(config, CPU)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Checkpoint("base", "tiny", config, 1, 0, None, network.state_dict())
+
+
+def test_the_trajectory_error_is_the_mean_square_unclipped():
+    a = torch.full((2, 1, 2, 2), 3.0)
+    assert trajectory_error(a, a) == 0
+    assert trajectory_error(a, -a) == pytest.approx(36.0)
+    b = a.clone()
+    b[0, 0, 0, 0] += 4.0
+    assert trajectory_error(a, b) == pytest.approx(16 / 8)
+
+
+def test_every_network_starts_from_the_same_noise_and_finer_grids_come_closer(tmp_path):
+    config = make_config(tiny(), "x")
+    trajectories = Trajectories(tmp_path / "images.safetensors", config, CPU)
+    teacher = base(config)
+    finest = trajectories.of(teacher, 256, "")
+    errors = [trajectory_error(trajectories.of(teacher, n, ""), finest) for n in (2, 8, 32, 128)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 * errors[0]
+    assert finest.shape == (NUM_IMAGES, 1, 32, 32)
+
+
+def test_images_are_kept_and_not_made_twice(tmp_path, monkeypatch):
+    config, path = make_config(tiny(), "x"), tmp_path / "images.safetensors"
+    teacher = base(config)
+    first = Trajectories(path, config, CPU).of(teacher, 2, "")
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.trajectory.ddim_images", lambda *_: pytest.fail("made twice"))
+        assert torch.equal(Trajectories(path, config, CPU).of(teacher, 2, ""), first)
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(Trajectories(path, config, CPU).of(teacher, 2, ""), first)
+
+
+def test_a_larger_grid_gives_more_images_and_the_same_first_ones(tmp_path):
+    config = make_config(tiny(), "x")
+    larger = make_config(tiny(sampling={"grid": 70}), "x")
+    teacher = base(config)
+    few = Trajectories(tmp_path / "a", config, CPU).of(teacher, 2, "")
+    many = Trajectories(tmp_path / "b", larger, CPU).of(teacher, 2, "")
+    assert len(many) == 70
+    torch.testing.assert_close(many[:64], few)
+
+
+def test_the_report_says_what_was_measured(tmp_path):
+    rows = [LadderRow(2, 10, 0.25, 1.0), LadderRow(1, 20, 0.5, 0.0)]
+    table = ladder_table(rows, 4)
+    assert "| 2 | 10 | 0.250000 | 1.000000 | 0.25 |" in table
+    assert "4-step DDIM" in table
+    images = {n: torch.zeros(64, 3, 8, 8) for n in (4, 2, 1)}
+    assert write_report(tmp_path, "x", rows, images, images, 4) == table
+    assert table in (tmp_path / "ladder.md").read_text()
+    numbers = json.loads((tmp_path / "ladder.json").read_text())
+    assert numbers["rows"][0] == {
+        "num_steps": 2,
+        "updates": 10,
+        "student_error": 0.25,
+        "teacher_error": 1.0,
+    }
+    for name in ("comparison.png", "ladder.png"):
+        assert Image.open(tmp_path / name).size[0] > 1000

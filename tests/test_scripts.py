@@ -1,0 +1,434 @@
+"""The scripts as their users run them: results, resuming, warnings, and every error in one line."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import distill
+import sample
+import train
+from tests.toys import tiny
+from utils.checkpoint import digest, load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_config(folder, **sections):
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny(**sections)))
+    return path
+
+
+def run(script, *arguments):
+    return script.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A trained base model and its two-stage ladder, made through the command line."""
+    folder = tmp_path_factory.mktemp("workshop")
+    config = write_config(folder)
+    base, ladder = folder / "base", folder / "ladder"
+    assert run(train, "--config_path", config, "--output", base) == 0
+    teacher = base / "diffusion-4.pt"
+    common = ("--config_path", config, "--teacher_model_checkpoint", teacher)
+    assert run(distill, *common, "--output", ladder) == 0
+    return {"config": config, "base": base, "ladder": ladder, "teacher": teacher}
+
+
+def refused(capsys, script, *arguments):
+    """The one line that the script says, with exit code 2."""
+    capsys.readouterr()
+    assert run(script, *arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in said if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0] == said[-1]
+    return errors[0]
+
+
+# --- the main job ---------------------------------------------------------------------------
+
+
+def test_training_writes_checkpoints_grids_and_metrics(workshop):
+    names = sorted(p.name for p in workshop["base"].iterdir())
+    assert names == [
+        "diffusion-2.png",
+        "diffusion-2.pt",
+        "diffusion-4.png",
+        "diffusion-4.pt",
+        "metrics.jsonl",
+    ]
+    checkpoint = load_checkpoint(workshop["teacher"])
+    assert (checkpoint.kind, checkpoint.update, checkpoint.num_steps) == ("base", 4, None)
+    assert checkpoint.ema is not None
+    lines = (workshop["base"] / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [e["update"] for e in entries] == [1, 2, 3, 4]
+    assert {"loss", "gradient_norm", "learning_rate", "images_per_second"} <= entries[0].keys()
+    assert Image.open(workshop["base"] / "diffusion-4.png").size == (2 * (3 * 34 - 2),) * 2
+
+
+def test_a_two_stage_ladder(workshop):
+    names = {p.name for p in workshop["ladder"].iterdir()}
+    assert names == {
+        *(f"student-{n}.{suffix}" for n in (4, 2) for suffix in ("pt", "png")),
+        *("ladder.md", "ladder.json", "ladder.png", "comparison.png"),
+        *("metrics.jsonl", "images.safetensors"),
+    }
+    base = load_checkpoint(workshop["teacher"])
+    first, second = (load_checkpoint(workshop["ladder"] / f"student-{n}.pt") for n in (4, 2))
+    assert [first.num_steps, second.num_steps] == [4, 2]
+    assert [first.stage, second.stage] == [1, 2]
+    assert first.lineage["teacher"] == digest(base.ema)
+    assert second.lineage["teacher"] == digest(first.model)
+    assert first.ema is None
+    assert digest(first.model) != digest(base.ema)
+    numbers = json.loads((workshop["ladder"] / "ladder.json").read_text())
+    assert numbers["reference_steps"] == 8
+    assert [row["num_steps"] for row in numbers["rows"]] == [4, 2]
+    assert all(row["teacher_error"] > 0 for row in numbers["rows"])
+    table = (workshop["ladder"] / "ladder.md").read_text()
+    assert f"| 4 | 3 | {numbers['rows'][0]['student_error']:.6f} |" in table
+
+
+def test_running_again_does_nothing_twice(workshop, tmp_path, capsys):
+    base, ladder = (shutil.copytree(workshop[k], tmp_path / k) for k in ("base", "ladder"))
+    before = {p: p.stat().st_mtime_ns for p in [*base.glob("*.pt"), *ladder.glob("*.pt")]}
+    assert run(train, "--config_path", workshop["config"], "--output", base) == 0
+    common = ("--config_path", workshop["config"], "--teacher_model_checkpoint")
+    assert run(distill, *common, workshop["teacher"], "--output", ladder) == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert "next: python distill.py" in capsys.readouterr().out
+
+
+def test_a_resumed_run_ends_bit_identical(workshop, tmp_path):
+    base, ladder = tmp_path / "base", tmp_path / "ladder"
+    base.mkdir()
+    shutil.copy(workshop["base"] / "diffusion-2.pt", base)
+    assert run(train, "--config_path", workshop["config"], "--output", base) == 0
+    whole = torch.load(workshop["teacher"], weights_only=True)
+    resumed = torch.load(base / "diffusion-4.pt", weights_only=True)
+    for part in ("model", "ema", "optimizer"):
+        assert digest(whole[part]) == digest(resumed[part])
+
+    shutil.copytree(workshop["ladder"], ladder)
+    (ladder / "student-2.pt").unlink()
+    common = ("--config_path", workshop["config"], "--teacher_model_checkpoint")
+    assert run(distill, *common, workshop["teacher"], "--output", ladder) == 0
+    again, once = (load_checkpoint(f / "student-2.pt") for f in (ladder, workshop["ladder"]))
+    assert digest(again.model) == digest(once.model)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(workshop, tmp_path, capsys):
+    base = shutil.copytree(workshop["base"], tmp_path / "base")
+    newest = base / "diffusion-4.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert run(train, "--config_path", workshop["config"], "--output", base) == 0
+    said = capsys.readouterr()
+    assert "taking the one before it" in said.err
+    assert "going on from" in said.out
+    assert digest(load_checkpoint(newest).model) == digest(
+        load_checkpoint(workshop["teacher"]).model
+    )
+
+
+def test_another_config_in_the_same_folder_is_refused_with_its_keys(workshop, tmp_path, capsys):
+    base = shutil.copytree(workshop["base"], tmp_path / "base")
+    common = ("--config_path", workshop["config"], "--output", base)
+    message = refused(capsys, train, *common, "--set", "training.batch_size=4", "seed=2")
+    assert "another seed, training.batch_size" in message
+    assert "--restart" in message
+    assert run(train, *common, "--set", "training.batch_size=4", "--restart") == 0
+    assert load_checkpoint(base / "diffusion-4.pt").config.training.batch_size == 4
+    longer = ("--config_path", workshop["config"], "--output", workshop["base"])
+    assert run(train, *longer, "--set", "training.updates=4", "training.checkpoint_every=1") == 0
+
+
+def test_the_ladder_goes_on_from_a_student(workshop, tmp_path, capsys):
+    student = workshop["ladder"] / "student-4.pt"
+    common = ("--teacher_model_checkpoint", student, "--output", tmp_path)
+    message = refused(capsys, distill, *common)  # its config's first_steps is 4
+    assert "makes 4 steps, so its student cannot make 4" in message
+    assert "take 2" in message
+    steps = ("--initial_sampling_steps", 2, "--distillation_iterations", 2)
+    assert run(distill, *common, *steps, "--set", "distillation.updates_per_stage=1") == 0
+    assert load_checkpoint(tmp_path / "student-1.pt").stage == 3
+    assert json.loads((tmp_path / "ladder.json").read_text())["reference_steps"] == 4
+
+
+def test_the_checkpoints_network_holds_and_the_yaml_is_warned_of(workshop, tmp_path, capsys):
+    config = write_config(
+        tmp_path, model={"channels": 16}, distillation={"updates_per_stage": 1}, seed=5
+    )
+    common = ("--config_path", config, "--teacher_model_checkpoint", workshop["teacher"])
+    assert run(distill, *common, "--output", tmp_path / "out") == 0
+    warnings = [w for w in capsys.readouterr().err.splitlines() if w.startswith("warning")]
+    assert len(warnings) == 1
+    assert "seed, model.channels differ" in warnings[0]
+    student = load_checkpoint(tmp_path / "out" / "student-2.pt")
+    assert (student.config.model.channels, student.update) == (8, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_classes_channels_and_flips_by_config_alone(tmp_path, channels):
+    config = write_config(
+        tmp_path,
+        data={"channels": channels, "horizontal_flip": True},
+        model={"num_classes": 10},
+        diffusion={"prediction": "both"},
+        training={"updates": 1, "learning_rate_decay": "linear"},
+        distillation={"updates_per_stage": 1, "iterations": 1},
+        sampling={"steps": 2, "sampler": "ancestral:medium:0.5", "clip": False},
+    )
+    assert run(train, "--config_path", config, "--output", tmp_path) == 0
+    teacher = tmp_path / "diffusion-1.pt"
+    assert run(distill, "--teacher_model_checkpoint", teacher, "--output", tmp_path / "d") == 0
+    npz = tmp_path / "x.npz"
+    student = tmp_path / "d" / "student-4.pt"
+    labelled = ("--checkpoint", student, "--count", 3, "--output", npz, "--labels", "0,-1")
+    assert run(sample, *labelled) == 0
+    assert np.load(npz)["arr_0"].shape == (3, 32, 32, channels)
+
+
+def test_an_image_folder_trains(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 36, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for n, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{n}.jpg")
+    data = {"name": "image_folder", "root": str(tmp_path / "images"), "channels": 3, "workers": 1}
+    config = write_config(tmp_path, data=data)
+    assert run(train, "--config_path", config, "--output", tmp_path / "out") == 0
+    (tmp_path / "images" / "0.jpg").write_bytes(b"no")
+    assert run(train, "--config_path", config, "--output", tmp_path / "other") == 2
+
+
+# --- sampling -------------------------------------------------------------------------------
+
+
+def test_a_grid_has_the_checkpoints_steps(workshop, tmp_path, capsys):
+    path = tmp_path / "grid.png"
+    student = workshop["ladder"] / "student-4.pt"
+    assert run(sample, "--checkpoint", student, "--output", path, "--trajectory") == 0
+    said = capsys.readouterr()
+    assert "4 steps of ddim" in said.out
+    assert "warning" not in said.err
+    assert Image.open(path).size == (200, 200)
+    assert Image.open(tmp_path / "grid.gif").n_frames == 5
+    assert Image.open(tmp_path / "grid-strip.png").size == (2 * (5 * 34 - 2), 2 * (12 * 34 - 2))
+
+
+def test_an_image_is_a_function_of_seed_and_index(workshop, tmp_path):
+    common = ("--checkpoint", workshop["teacher"], "--sampler", "ancestral", "--steps", 3)
+    paths = [tmp_path / f"{n}.npz" for n in range(3)]
+    for path, batch_size, seed in zip(paths, (2, 5, 5), (1, 1, 2), strict=True):
+        batches = ("--count", 5, "--batch_size", batch_size, "--seed", seed)
+        assert run(sample, *common, *batches, "--output", path) == 0
+    a, b, c = (np.load(path)["arr_0"] for path in paths)
+    assert a.dtype == np.uint8
+    assert np.abs(a.astype(int) - b).max() <= 1  # sums in another order, rounded
+    assert np.abs(a.astype(int) - c).max() > 1
+
+
+def test_a_folder_holds_the_images_of_the_npz(workshop, tmp_path):
+    common = ("--checkpoint", workshop["teacher"], "--count", 3, "--steps", 2, "--no-clip")
+    assert run(sample, *common, "--output", tmp_path / "images") == 0
+    assert run(sample, *common, "--output", tmp_path / "a.npz") == 0
+    files = sorted((tmp_path / "images").iterdir())
+    assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
+    array = np.load(tmp_path / "a.npz")["arr_0"]
+    for file, image in zip(files, array, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), image[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [(("--steps", 8), "distilled for 4 steps"), (("--sampler", "ancestral"), "distilled for DDIM")],
+)
+def test_what_a_student_was_not_made_for_is_warned_of(workshop, tmp_path, capsys, arguments, hint):
+    student = workshop["ladder"] / "student-4.pt"
+    common = ("--checkpoint", student, "--output", tmp_path / "x.png")
+    assert run(sample, *common, *arguments) == 0
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--steps", 0), "--steps 0"),
+        (("--batch_size", 0), "--batch_size 0"),
+        (("--count", 0), "--count 0"),
+        (("--sampler", "ddpm"), "ddim, ancestral"),
+        (("--labels", "1"), "knows no classes"),
+        (("--output", "x.jpg"), ".png"),
+        (("--count", 3, "--output", "x.png"), "a folder or a .npz"),
+        (("--count", 3, "--trajectory"), "--trajectory"),
+        (("--device", "tpu9"), "--device tpu9"),
+    ],
+)
+def test_bad_arguments_of_sample(workshop, capsys, arguments, hint):
+    assert hint in refused(capsys, sample, "--checkpoint", workshop["teacher"], *arguments)
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+def test_errors_name_file_and_key_and_leave_nothing(workshop, tmp_path, capsys):
+    config, out = workshop["config"], tmp_path / "out"
+    train_here = ("--config_path", config, "--output", out)
+    message = refused(capsys, train, *train_here, "--set", "model.chanels=8")
+    assert "tiny.yaml" in message
+    assert "model.chanels: unknown key; did you mean channels?" in message
+    missing = refused(capsys, train, "--config_path", tmp_path / "no.yaml", "--output", out)
+    assert "no.yaml: no such config file" in missing
+    message = refused(capsys, train, *train_here, "--set", f"data.root={tmp_path}")
+    assert "train-images-idx3-ubyte.gz: missing" in message
+    message = refused(capsys, train, *train_here, "--set", "model.num_classes=7")
+    assert "model.num_classes: 7, but mnist has 10 classes" in message
+
+    truncated = tmp_path / "cut.pt"
+    truncated.write_bytes(workshop["teacher"].read_bytes()[:5000])
+    for script, flag in ((distill, "--teacher_model_checkpoint"), (sample, "--checkpoint")):
+        message = refused(capsys, script, flag, truncated, "--output", out)
+        assert "cut.pt: not a checkpoint of this project, or damaged" in message
+        assert "no such checkpoint" in refused(capsys, script, flag, tmp_path / "no.pt")
+    assert not out.exists()
+
+
+def test_step_counts_that_cannot_be_halved_are_refused_before_anything(workshop, tmp_path, capsys):
+    common = ("--teacher_model_checkpoint", workshop["teacher"], "--output", tmp_path / "out")
+    steps = ("--initial_sampling_steps", 12, "--distillation_iterations", 4)
+    message = refused(capsys, distill, *common, *steps)
+    assert "first_steps 12 cannot be halved 3 times" in message
+    assert "at most 3 iterations" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_argparse_errors_are_exit_codes(capsys):
+    for script in (train, distill, sample):
+        assert script.main([]) == 2
+        assert script.main(["--help"]) == 0
+    assert "--config_path" in capsys.readouterr().out
+
+
+# --- in processes of their own ---------------------------------------------------------------
+
+
+def start(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_updates(process, metrics, stage=0):
+    for _ in range(600):
+        if metrics.exists() and f'"stage": {stage}' in metrics.read_text():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError("no update within a minute")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, number):
+    config = write_config(tmp_path, training={"updates": 10**6, "checkpoint_every": 10**6})
+    out = tmp_path / "out"
+    process = start("train.py", "--config_path", config, "--output", out)
+    # the log is buffered: some hundred updates fill it for the first time
+    wait_for_updates(process, out / "metrics.jsonl")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = err.strip().splitlines()[-1]
+    assert "stopped and saved at update" in last
+    assert "run the same command again to go on" in last
+    (saved,) = out.glob("diffusion-*.pt")
+    assert load_checkpoint(saved).update == int(saved.stem.removeprefix("diffusion-"))
+
+
+def test_ctrl_c_in_the_middle_of_a_stage_of_the_ladder(workshop, tmp_path):
+    settings = "distillation.updates_per_stage=[1, 1000000]"
+    process = start(
+        *("distill.py", "--teacher_model_checkpoint", workshop["teacher"]),
+        *("--output", tmp_path, "--set", settings, "distillation.checkpoint_every=1000000"),
+    )
+    wait_for_updates(process, tmp_path / "metrics.jsonl", stage=2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "(student 2); run the same command again" in err.strip().splitlines()[-1]
+    assert (tmp_path / "student-4.pt").exists()
+    (saved,) = tmp_path.glob("student-2-*.pt")
+    assert load_checkpoint(saved).optimizer is not None
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(workshop, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(workshop["base"] / "diffusion-2.pt", base)
+    limit = (base / "diffusion-2.pt").stat().st_size // 2
+    process = start(
+        *("train.py", "--config_path", workshop["config"], "--output", base),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    last = err.strip().splitlines()[-1]
+    assert last == f"error: {base}/diffusion-4.pt: not written: File too large"
+    assert "Traceback" not in err
+    assert [p.name for p in base.glob("*.pt")] == ["diffusion-2.pt"]
+    assert load_checkpoint(base / "diffusion-2.pt").update == 2
+    assert not list(base.glob(".*"))
+
+
+def test_an_output_that_is_a_file_is_one_line(workshop, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    common = ("--config_path", workshop["config"], "--output", tmp_path / "file" / "x")
+    assert "file" in refused(capsys, train, *common)
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys, {0}; {0}.main(['--help']); sys.exit('torch' in sys.modules)"
+    for script in ("train", "distill", "sample"):
+        process = start("-c", code.format(script))
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
+def test_the_seeds_commands_word_for_word(tmp_path, monkeypatch):
+    """The tutorial's two commands, their sizes alone brought down by --set."""
+    for name in ("configs", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    small = ["model.channels=8", "model.patch_size=4", "model.attention_resolutions=[8]"]
+    small += ["model.channel_multipliers=[1,1]", "training.batch_size=2", "training.updates=1"]
+    config = ("--config_path", "configs/ddpm_32x32_v_continuous.yaml")
+    assert run(train, *config, "--set", *small, "sampling.steps=1", "sampling.grid=4") == 0
+    checkpoint = Path("output/ddpm_32x32_v_continuous/diffusion-1.pt")
+    checkpoint.rename(checkpoint.with_name("diffusion-10000.pt"))
+    arguments = ["--config_path", "configs/ddpm_32x32_v_continuous.yaml", "--teacher_model_checkpoint", "output/ddpm_32x32_v_continuous/diffusion-10000.pt", "--initial_sampling_steps", "512", "--distillation_iterations", "7"]
+    faster = ["distillation.updates_per_stage=1", "distillation.batch_size=2"]
+    monkeypatch.setattr("evaluation.trajectory.NUM_IMAGES", 2)
+    assert run(distill, *arguments, "--set", *faster, "sampling.grid=2") == 0
+    output = Path("output/distilled/ddpm_32x32_v_continuous")
+    students = sorted(int(p.stem.split("-")[1]) for p in output.glob("student-*.pt"))
+    assert students == [8, 16, 32, 64, 128, 256, 512]

@@ -1,0 +1,304 @@
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.losses import LOSS_WEIGHTS
+from tests.toys import COSINE, tiny
+from utils.build import build_denoiser, build_network
+from utils.checkpoint import load_checkpoint
+from utils.command import InputError
+from utils.config import TrainingConfig, make_config
+from utils.data import MemoryDataset
+from utils.ema import ema_decay_at, update_ema
+from utils.metrics import MetricsLog
+from utils.randomness import ImageNoise, batch_indices, generator
+from utils.stages import Run, train_base, train_student
+from utils.training import (
+    Plan,
+    Trainee,
+    base_losses,
+    base_rate,
+    decay_to_zero,
+    make_optimizer,
+    student_losses,
+    updates,
+)
+
+CPU = torch.device("cpu")
+
+
+def digits(count=32, channels=1):
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, channels, 32, 32), generator=rng, dtype=torch.uint8)
+    return MemoryDataset(images, torch.arange(count) % 10, 10)
+
+
+def make_plan(**changes):
+    values = {
+        "seed": 0,
+        "stage": 0,
+        "updates": 4,
+        "batch_size": 8,
+        "learning_rate": lambda update: 1e-3,
+        "gradient_clip": 1.0,
+        "checkpoint_every": 2,
+        "ema_decay": 0.99,
+    }
+    return Plan(**values | changes)
+
+
+def make_trainee(config, seed=0):
+    torch.manual_seed(seed)
+    network = build_network(config, CPU)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    return Trainee(network, ema, make_optimizer(network))
+
+
+# --- EMA ------------------------------------------------------------------------------------
+
+
+def test_ema_averages_parameters_and_copies_buffers():
+    ema, network = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    with torch.no_grad():
+        ema.weight.fill_(1.0)
+        network.weight.fill_(3.0)
+    network.running_mean.fill_(5.0)
+    network.num_batches_tracked.fill_(7)
+    update_ema(ema, network, decay=0.75)
+    assert torch.equal(ema.weight, torch.tensor([1.5, 1.5]))
+    assert torch.equal(ema.running_mean, torch.tensor([5.0, 5.0]))
+    assert ema.num_batches_tracked == 7
+    assert torch.equal(network.weight, torch.tensor([3.0, 3.0]))
+
+
+def test_ema_forgets_the_initialisation_in_short_runs():
+    assert ema_decay_at(0.9999, 0) == 0.1
+    assert ema_decay_at(0.9999, 10**6) == 0.9999
+    kept = math.prod(ema_decay_at(0.9999, n) for n in range(1000))
+    assert kept < 1e-12
+
+
+# --- learning rates -------------------------------------------------------------------------
+
+
+def test_learning_rates():
+    rate = base_rate(TrainingConfig(updates=100, learning_rate=1.0, warmup=10))
+    assert [rate(0), rate(4), rate(9), rate(99)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    falling = TrainingConfig(
+        updates=100, learning_rate=1.0, warmup=10, learning_rate_decay="linear"
+    )
+    assert base_rate(falling)(50) == pytest.approx(0.5)
+    assert [decay_to_zero(2.0, 4, k) for k in range(4)] == [2.0, 1.5, 1.0, 0.5]
+
+
+# --- what an update draws -------------------------------------------------------------------
+
+
+def test_batches_are_permutations_end_to_end():
+    seen = torch.cat([batch_indices(10, 4, seed=1, stage=0, update=u) for u in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert not torch.equal(seen[:10], seen[10:])
+    assert torch.equal(batch_indices(10, 4, 1, 0, 3), seen[12:16])
+    assert sorted(batch_indices(3, 9, 1, 0, 0).tolist()) == sorted([0, 1, 2] * 3)
+
+
+def test_a_generator_is_a_function_of_its_key():
+    draws = [
+        torch.randn(3, generator=generator("cpu", *key)).tolist()
+        for key in ((1, 23), (12, 3), (1, 23))
+    ]
+    assert draws[0] == draws[2] != draws[1]
+
+
+def test_the_noise_of_an_image_is_a_function_of_seed_and_index():
+    together = ImageNoise(3, range(6), (1, 4, 4), CPU)
+    apart = ImageNoise(3, [4], (1, 4, 4), CPU)
+    for _ in range(2):  # where a sampler starts, and what it adds
+        assert torch.equal(together.draw()[4], apart.draw()[0])
+    other = ImageNoise(4, [4], (1, 4, 4), CPU).draw()
+    assert not torch.equal(other, ImageNoise(3, [4], (1, 4, 4), CPU).draw())
+
+
+def test_the_student_trains_at_every_step_and_at_t_1():
+    """Step i means t = (i + 1)/N: t = 1, where sampling starts, is trained; s is never negative."""
+    seen = set()
+
+    def network(z, logsnr):
+        seen.update(logsnr.tolist())
+        return torch.zeros_like(z)
+
+    from diffusion.gaussian import Denoiser
+
+    denoiser = Denoiser(network, "v")
+    losses = student_losses(denoiser, denoiser, COSINE, 4, "snr_trunc")
+    losses(torch.zeros(256, 1, 2, 2), None, generator("cpu", 0))
+    t = torch.arange(1, 9, dtype=torch.float64) / 8
+    expected = sorted(COSINE(t).float().tolist())
+    assert sorted(seen) == pytest.approx(expected, abs=1e-4)
+
+
+def test_base_times_are_continuous():
+    seen = []
+
+    def network(z, logsnr):
+        seen.append(logsnr)
+        return torch.zeros_like(z)
+
+    from diffusion.gaussian import Denoiser
+
+    losses = base_losses(Denoiser(network, "v"), COSINE, "snr_plus_one")
+    losses(torch.zeros(4096, 1, 1, 1), None, generator("cpu", 0))
+    logsnr = seen[0]
+    assert len(logsnr.unique()) > 4000
+    t = (torch.atan(torch.exp(-logsnr / 2)) / (torch.pi / 2)).sort().values
+    assert (t - torch.linspace(0, 1, 4096)).abs().max() < 0.03  # uniform
+
+
+# --- the loop -------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_and_fills_the_average():
+    config = make_config(tiny(model={"patch_size": 2, "attention_resolutions": []}), "x")
+    trainee, plan = make_trainee(config), make_plan(updates=60, learning_rate=lambda u: 1e-2)
+    images = digits()
+    images.images.fill_(200)
+    losses = base_losses(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+    history = [m.loss for m in updates(trainee, plan, images, losses)]
+    assert len(history) == trainee.update == 60
+    assert sum(history[-10:]) < 0.7 * sum(history[:10])
+    pairs = zip(trainee.network.parameters(), trainee.ema.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_an_update_is_a_function_of_seed_stage_and_update():
+    """Two halves in two processes' worth of state are one whole, dropout included."""
+    config = make_config(tiny(model={"dropout": 0.5}), "x")
+
+    def run(trainee, last):
+        losses = base_losses(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+        return list(
+            updates(trainee, make_plan(updates=last, horizontal_flip=True), digits(), losses)
+        )
+
+    whole, halves = make_trainee(config), make_trainee(config)
+    run(whole, 4)
+    run(halves, 2)
+    torch.rand(100)  # what happens in between is of no account
+    resumed = make_trainee(config, seed=9)
+    resumed.network.load_state_dict(halves.network.state_dict())
+    resumed.ema.load_state_dict(halves.ema.state_dict())
+    resumed.optimizer.load_state_dict(halves.optimizer.state_dict())
+    resumed.update = 2
+    run(resumed, 4)
+    for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.ema.parameters(), resumed.ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_horizontal_flip_flips_half_of_the_images():
+    seen = []
+
+    def losses(x, labels, rng):
+        seen.append(x)
+        return x.mean((1, 2, 3)) * parameter
+
+    parameter = nn.Parameter(torch.ones(()))
+    module = nn.ParameterList([parameter])
+    one = MemoryDataset(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1), None)
+    one.images[..., 0] = 255
+    trainee = Trainee(module, None, make_optimizer(module))
+    list(updates(trainee, make_plan(updates=1, batch_size=400, horizontal_flip=True), one, losses))
+    left, right = ((seen[0][:, 0, 0, column] == 1).sum().item() for column in (0, -1))
+    assert left + right == 400
+    assert 150 < left < 250
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+    config = make_config(tiny(), "x")
+    trainee = make_trainee(config)
+    before = copy.deepcopy(trainee.network.state_dict())
+    denoise = build_denoiser(config, trainee.network)
+
+    def losses(x, labels, rng):
+        return base_losses(denoise, COSINE, "snr")(x, labels, rng) * torch.inf
+
+    with pytest.raises(InputError, match="stage 0, update 0: the gradient is not finite"):
+        list(updates(trainee, make_plan(), digits(), losses))
+    after = trainee.network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("weight", LOSS_WEIGHTS)
+@pytest.mark.parametrize("prediction", ["x", "eps", "v", "both"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_output_and_loss_trains_and_distils(weight, prediction, channels):
+    values = tiny(data={"channels": channels}, diffusion={"prediction": prediction})
+    config = make_config(values, "x")
+    trainee = make_trainee(config)
+    denoiser = build_denoiser(config, trainee.network)
+    teacher = build_denoiser(config, build_network(config, CPU))
+    for losses in (
+        base_losses(denoiser, COSINE, weight),
+        student_losses(denoiser, teacher, COSINE, 4, weight),
+    ):
+        trainee.update = 0
+        history = list(updates(trainee, make_plan(updates=2), digits(channels=channels), losses))
+        assert all(math.isfinite(m.loss) and m.loss > 0 for m in history)
+
+
+# --- stages ---------------------------------------------------------------------------------
+
+
+def test_a_student_has_no_dropout_and_no_average(tmp_path, monkeypatch):
+    config = make_config(tiny(model={"dropout": 0.5}), "x")
+    run = Run(config, "x", tmp_path, CPU, digits())
+    teacher = load_checkpoint(train_base(run))
+    built = []
+
+    def spy(denoiser, *others):
+        built.append(denoiser.network)
+        return student_losses(denoiser, *others)
+
+    monkeypatch.setattr("utils.stages.student_losses", spy)
+    student = train_student(run, teacher, 0)
+    assert student.ema is None
+    assert student.num_steps == 4
+    dropouts = [m for m in built[0].modules() if isinstance(m, nn.Dropout)]
+    assert dropouts
+    assert all(m.p == 0 for m in dropouts)
+
+
+def test_a_student_starts_as_its_teachers_average(tmp_path, monkeypatch):
+    config = make_config(tiny(), "x")
+    run = Run(config, "x", tmp_path, CPU, digits())
+    teacher = load_checkpoint(train_base(run))
+    assert teacher.ema is not None
+    started = []
+
+    def stop(trainee, *args, **kwargs):
+        started.append({k: v.clone() for k, v in trainee.network.state_dict().items()})
+        assert not trainee.optimizer.state, "a fresh optimiser"
+
+    monkeypatch.setattr("utils.stages.run_stage", stop)
+    train_student(run, teacher, 0)
+    assert all(torch.equal(started[0][key], value) for key, value in teacher.ema.items())
+    assert any(not torch.equal(value, teacher.model[key]) for key, value in teacher.ema.items())
+
+
+def test_metrics_drop_what_will_be_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, 0, 0) as log:
+        for stage, update in [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]:
+            log.write(stage=stage, update=update)
+    with path.open("a") as file:
+        file.write('{"stage": 2, "upd')  # a kill in the middle of a line
+    with MetricsLog(path, 1, 1) as log:
+        log.write(stage=1, update=2, loss=0.5)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(e["stage"], e["update"]) for e in entries] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert entries[-1]["loss"] == 0.5

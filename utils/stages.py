@@ -1,0 +1,210 @@
+"""The stages of a run: the base model, and students that do two of their teacher's steps in one."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from utils.build import build_denoiser, build_network, build_schedule, load_weights
+from utils.checkpoint import Checkpoint, digest, save_checkpoint
+from utils.command import InputError
+from utils.config import Config
+from utils.data import Dataset
+from utils.runs import newest_whole, numbered, require_same_run
+from utils.sampling import SampleRequest, write_grid
+from utils.training import (
+    Plan,
+    Trainee,
+    base_losses,
+    base_rate,
+    decay_to_zero,
+    make_optimizer,
+    run_stage,
+    student_losses,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of a run shares. name: of its config; output: its folder."""
+
+    config: Config
+    name: str
+    output: Path
+    device: torch.device
+    dataset: Dataset
+
+    @property
+    def metrics_path(self) -> Path:
+        """One line an update."""
+        return self.output / "metrics.jsonl"
+
+    def plan(
+        self,
+        stage: int,
+        updates: int,
+        learning_rate: Callable[[int], float],
+        ema_decay: float | None = None,
+    ) -> Plan:
+        """How a stage is trained: stage 0 as config.training says, others as distillation does."""
+        recipe = self.config.training if stage == 0 else self.config.distillation
+        return Plan(
+            seed=self.config.seed,
+            stage=stage,
+            updates=updates,
+            batch_size=recipe.batch_size,
+            learning_rate=learning_rate,
+            gradient_clip=recipe.gradient_clip,
+            checkpoint_every=recipe.checkpoint_every,
+            ema_decay=ema_decay,
+            horizontal_flip=self.config.data.horizontal_flip,
+            conditional=self.config.model.num_classes is not None,
+        )
+
+
+def train_base(run: Run) -> Path:
+    """Trains the base model from where an earlier run left it; returns its last checkpoint.
+
+    Writes diffusion-<update>.pt, and a grid of samples of the averaged weights beside it.
+    """
+    config, training = run.config, run.config.training
+    torch.manual_seed(config.seed)  # of the initial weights
+    network = build_network(config, run.device)
+    ema = copy.deepcopy(network).requires_grad_(False).eval()
+    trainee = Trainee(network, ema, make_optimizer(network, training.weight_decay))
+    newest = newest_whole(numbered(run.output, "diffusion-"))
+    if newest is not None:
+        path, stored = newest
+        sections = ("seed", "data", "model", "diffusion", "training")
+        longer = ["training.updates"] if training.learning_rate_decay == "none" else []
+        require_same_run(path, stored.config, config, sections, free=longer)
+        load_weights(network, stored.model, path)
+        load_weights(ema, stored.weights, path)
+        trainee.optimizer.load_state_dict(stored.optimizer or {})
+        trainee.update = stored.update
+        print(f"going on from {path}")
+
+    def snapshot() -> Checkpoint:
+        return Checkpoint(
+            kind="base",
+            name=run.name,
+            config=config,
+            update=trainee.update,
+            stage=0,
+            num_steps=None,
+            model=network.state_dict(),
+            ema=ema.state_dict(),
+            optimizer=trainee.optimizer.state_dict(),
+        )
+
+    def path_now() -> Path:
+        return run.output / f"diffusion-{trainee.update}.pt"
+
+    def draw() -> None:
+        request = SampleRequest.of(snapshot(), build_denoiser(config, ema), run.device)
+        write_grid(path_now().with_suffix(".png"), request, config.sampling.grid)
+
+    run_stage(
+        trainee,
+        run.plan(0, training.updates, base_rate(training), training.ema_decay),
+        run.dataset,
+        base_losses(
+            build_denoiser(config, network), build_schedule(config), config.diffusion.loss_weight
+        ),
+        metrics_path=run.metrics_path,
+        save=lambda: save_checkpoint(path_now(), snapshot()),
+        draw=draw,
+        title=run.name,
+    )
+    if not path_now().with_suffix(".png").exists():  # stopped between the last save and its grid
+        draw()
+    return path_now()
+
+
+def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
+    """The ladder's student at this position, trained from where an earlier run left it.
+
+    Salimans & Ho 2022, algorithm 2: the student starts as a copy of the teacher (the average of
+    a base model, the raw weights of a student), with a fresh optimiser, without dropout and
+    average, its learning rate falling to 0. Writes student-<steps>.pt.
+    """
+    config, distillation = run.config, run.config.distillation
+    num_steps, updates = distillation.ladder()[position], distillation.updates(position)
+    student = Checkpoint(
+        kind="student",
+        name=run.name,
+        config=config,
+        update=0,
+        stage=teacher.stage + 1,
+        num_steps=num_steps,
+        model=teacher.weights,
+        lineage={"teacher": digest(teacher.weights)},
+    )
+    final, prefix = run.output / f"student-{num_steps}.pt", f"student-{num_steps}-"
+    finals = [final] if final.exists() else []
+    newest = newest_whole(finals + numbered(run.output, prefix))
+    if newest is not None:
+        path, stored = newest
+        _require_same_stage(path, stored, student, updates)
+        if stored.update == updates:
+            return stored
+        student = stored
+        print(f"going on from {path}")
+
+    network = build_network(config, run.device, dropout=0.0)
+    frozen = build_network(config, run.device, dropout=0.0).requires_grad_(False).eval()
+    load_weights(network, student.model, final)
+    load_weights(frozen, teacher.weights, final)
+    trainee = Trainee(network, None, make_optimizer(network), student.update)
+    if student.optimizer is not None:
+        trainee.optimizer.load_state_dict(student.optimizer)
+
+    def snapshot() -> Checkpoint:
+        return replace(student, update=trainee.update, model=network.state_dict(), optimizer=None)
+
+    def save() -> None:
+        if trainee.update == updates:
+            save_checkpoint(final, snapshot())
+            for path in numbered(run.output, prefix):
+                path.unlink()
+        else:
+            path = run.output / f"{prefix}{trainee.update}.pt"
+            save_checkpoint(path, replace(snapshot(), optimizer=trainee.optimizer.state_dict()))
+
+    run_stage(
+        trainee,
+        run.plan(
+            student.stage, updates, partial(decay_to_zero, distillation.learning_rate, updates)
+        ),
+        run.dataset,
+        student_losses(
+            build_denoiser(config, network),
+            build_denoiser(config, frozen),
+            build_schedule(config),
+            num_steps,
+            distillation.loss_weight,
+        ),
+        metrics_path=run.metrics_path,
+        save=save,
+        title=f"student {num_steps}",
+        num_steps=num_steps,
+    )
+    return snapshot()
+
+
+def _require_same_stage(path: Path, stored: Checkpoint, wanted: Checkpoint, updates: int) -> None:
+    """A stage goes on only as the stage it was: same teacher, same updates, same recipe."""
+    if stored.lineage != wanted.lineage:
+        raise InputError(
+            f"{path}: a student of another teacher; give another folder (--output), or DELETE "
+            "that run and begin anew (--restart)"
+        )
+    before = stored.config.distillation
+    free = ["distillation.first_steps", "distillation.iterations"]
+    if before.updates(before.ladder().index(wanted.num_steps or 0)) == updates:
+        free.append("distillation.updates_per_stage")
+    sections = ("seed", "data", "model", "diffusion", "distillation")
+    require_same_run(path, stored.config, wanted.config, sections, free)
