@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Goes down the ladder, stage by stage, from where an earlier run stopped if there is one."""
-    from evaluation.report import LadderRow, write_report
+    from evaluation.report import LadderRow, draw_pictures, write_table
     from evaluation.trajectory import Trajectories, trajectory_error
     from utils.build import build_dataset, choose_device
     from utils.checkpoint import load_checkpoint
@@ -79,7 +79,13 @@ def distill(arguments: argparse.Namespace) -> None:
                 trajectory_error(teachers[num_steps], teachers[finest]),
             )
         )
-    print(write_report(output, name, rows, teachers, students, finest))
+        table = write_table(output, name, rows, finest)
+        print(
+            f"student at {num_steps}: trajectory error {rows[-1].student_error:.6f}, "
+            f"undistilled teacher {rows[-1].teacher_error:.6f}"
+        )
+    draw_pictures(output, teachers, students, finest)
+    print(table)
     print(
         f"\ndistilled to {rows[-1].num_steps} steps: {output}/student-*.pt; the table in "
         f"{output}/ladder.md, the pictures comparison.png and ladder.png beside it\n"

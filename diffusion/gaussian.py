@@ -13,6 +13,9 @@ from torch import Tensor
 
 from diffusion.schedule import alpha_sigma
 
+Images = Float[Tensor, "b c h w"]
+PerImage = Float[Tensor, "b 1 1 1"]
+
 
 class Prediction(NamedTuple):
     """What is believed (x_hat, eps_hat) or known (x, eps) of z = alpha x + sigma eps."""
@@ -50,22 +53,24 @@ def velocity(prediction: Prediction, logsnr: Float[Tensor, "b"]) -> Float[Tensor
 # --- what an output means: (output, z, alpha, sigma) -> Prediction ------------------------------
 
 
-def decode_x(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+def decode_x(output: Images, z: Images, alpha: PerImage, sigma: PerImage) -> Prediction:
     """The output is x_hat; eps_hat = (z - alpha x_hat) / sigma."""
     return Prediction(output, (z - alpha * output) / sigma)
 
 
-def decode_eps(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+def decode_eps(output: Images, z: Images, alpha: PerImage, sigma: PerImage) -> Prediction:
     """The output is eps_hat; x_hat = (z - sigma eps_hat) / alpha (Ho et al. 2020)."""
     return Prediction((z - sigma * output) / alpha, output)
 
 
-def decode_v(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+def decode_v(output: Images, z: Images, alpha: PerImage, sigma: PerImage) -> Prediction:
     """The output is v_hat; x_hat = alpha z - sigma v, eps_hat = sigma z + alpha v: no division."""
     return Prediction(alpha * z - sigma * output, sigma * z + alpha * output)
 
 
-def decode_both(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+def decode_both(
+    output: Float[Tensor, "b twice_c h w"], z: Images, alpha: PerImage, sigma: PerImage
+) -> Prediction:
     """The output is x_o and eps_o, twice the channels (Salimans & Ho 2022, section 4).
 
     x_hat = sigma^2 x_o + alpha (z - sigma eps_o); eps_hat = (z - alpha x_hat) / sigma, which is
@@ -104,7 +109,7 @@ class Denoiser:
     network: Callable[..., Tensor]
     output_type: str
 
-    def __call__(self, z: Tensor, logsnr: Tensor, **condition: Any) -> Prediction:
+    def __call__(self, z: Images, logsnr: Float[Tensor, "b"], **condition: Any) -> Prediction:
         """What the network believes of z at this noise level, both x_hat and eps_hat."""
         output = self.network(z, logsnr.to(z.dtype), **condition).to(z.dtype)
         alpha, sigma = alpha_sigma(logsnr, z)

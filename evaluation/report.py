@@ -47,32 +47,34 @@ def ladder_table(rows: Sequence[LadderRow], reference_steps: int) -> str:
     return "\n".join(lines)
 
 
-def write_report(
-    folder: Path,
-    name: str,
-    rows: Sequence[LadderRow],
-    teachers: Mapping[int, Tensor],
-    students: Mapping[int, Tensor],
-    reference_steps: int,
-) -> str:
-    """Writes ladder.md, ladder.json, comparison.png and ladder.png; returns the table.
-
-    teachers, students: images in the model's range by step count, from the same noise.
-    """
+def write_table(folder: Path, name: str, rows: Sequence[LadderRow], reference_steps: int) -> str:
+    """Writes what is known of the ladder so far, ladder.md and ladder.json; returns the table."""
     table = ladder_table(rows, reference_steps)
-    shown = PICTURED_STEPS if PICTURED_STEPS in students else rows[-1].num_steps
     write_text(
         folder / "ladder.md",
         f"# The ladder of {name}\n\n{table}\n\n"
-        f"![teacher at {reference_steps} steps, teacher at {shown}, student at {shown}]"
-        "(comparison.png)\n\n![teacher and students at few steps](ladder.png)\n",
+        "![teacher at many steps, teacher and student at few](comparison.png)\n\n"
+        "![teacher and students at few steps, from the same noise](ladder.png)\n",
     )
     numbers = {"reference_steps": reference_steps, "rows": [asdict(row) for row in rows]}
     write_text(folder / "ladder.json", json.dumps(numbers, indent=2) + "\n")
+    return table
+
+
+def draw_pictures(
+    folder: Path,
+    teachers: Mapping[int, Tensor],
+    students: Mapping[int, Tensor],
+    reference_steps: int,
+) -> None:
+    """Writes comparison.png and ladder.png.
+
+    teachers, students: images in the model's range by step count, from the same noise.
+    """
+    shown = PICTURED_STEPS if PICTURED_STEPS in students else min(students)
     draw_comparison(folder / "comparison.png", teachers, students, reference_steps, shown)
     few = [n for n in PICTURED_STAGES if n in students] or [shown]
     draw_ladder(folder / "ladder.png", teachers, students, reference_steps, few)
-    return table
 
 
 def draw_comparison(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def lecun_normal_(weight: Tensor) -> None:
+def lecun_normal_(weight: Float[Tensor, "out ..."]) -> None:
     """LeCun normal initialisation: variance 1 / fan_in, truncated at two standard deviations."""
     fan_in = weight[0].numel()
     # The truncated normal's own standard deviation is 0.8796: it is divided out.

@@ -31,7 +31,9 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.resample = resample
 
-    def block(self, n: int, h: Tensor, embedding: Tensor) -> Tensor:
+    def block(
+        self, n: int, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b d h w"]:
         """The n-th residual block, with its attention where this resolution has it."""
         h = self.blocks[n](h, embedding)
         return self.attentions[n](h) if self.attentions else h

@@ -425,7 +425,9 @@ def test_the_seeds_commands_word_for_word(tmp_path, monkeypatch):
     assert run(train, *config, "--set", *small, "sampling.steps=1", "sampling.grid=4") == 0
     checkpoint = Path("output/ddpm_32x32_v_continuous/diffusion-1.pt")
     checkpoint.rename(checkpoint.with_name("diffusion-10000.pt"))
-    arguments = ["--config_path", "configs/ddpm_32x32_v_continuous.yaml", "--teacher_model_checkpoint", "output/ddpm_32x32_v_continuous/diffusion-10000.pt", "--initial_sampling_steps", "512", "--distillation_iterations", "7"]
+    teacher = "output/ddpm_32x32_v_continuous/diffusion-10000.pt"
+    arguments = [*config, "--teacher_model_checkpoint", teacher]
+    arguments += ["--initial_sampling_steps", "512", "--distillation_iterations", "7"]
     faster = ["distillation.updates_per_stage=1", "distillation.batch_size=2"]
     monkeypatch.setattr("evaluation.trajectory.NUM_IMAGES", 2)
     assert run(distill, *arguments, "--set", *faster, "sampling.grid=2") == 0

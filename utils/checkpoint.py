@@ -28,7 +28,7 @@ class Checkpoint:
     kind: base or student. name: of the config. update, stage: how far it was trained. num_steps:
     the sampling steps it was made for, None for a base model. model: the weights being trained;
     ema: their average, None where none is kept. optimizer: None in a file that is not trained on.
-    lineage: of a student, the file name and digest of its teacher and of the base model.
+    lineage: of a student, the digest of its teacher's weights.
     """
 
     kind: Kind

@@ -111,12 +111,17 @@ class DiffusionConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Training the base model. learning_rate_decay: constant after the warm-up, or linear to 0."""
+    """Training the base model.
+
+    learning_rate_decay: constant after the warm-up, or linear to 0. times: uniform in [0, 1], or
+    stratified: one in each of batch_size equal parts of it, which makes the gradient less noisy.
+    """
 
     updates: Count = 10_000
     batch_size: Count = 128
     learning_rate: Positive = 2.0e-4
     learning_rate_decay: Literal["none", "linear"] = "none"
+    times: Literal["uniform", "stratified"] = "uniform"
     warmup: Annotated[int, Field(ge=0, le=2**31)] = 1000
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     ema_decay: Fraction = 0.9999

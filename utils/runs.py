@@ -9,8 +9,11 @@ from utils.command import InputError
 from utils.config import Config, differences, load_config, make_config, override
 
 # What may change while a run goes on: where things lie and what is drawn, not what is learnt.
-FREE_KEYS = {"data.root", "data.workers", "training.checkpoint_every"} | {
-    "distillation.checkpoint_every"
+FREE_KEYS = {
+    "data.root",
+    "data.workers",
+    "training.checkpoint_every",
+    "distillation.checkpoint_every",
 }
 
 

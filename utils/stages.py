@@ -112,7 +112,10 @@ def train_base(run: Run) -> Path:
         run.plan(0, training.updates, base_rate(training), training.ema_decay),
         run.dataset,
         base_losses(
-            build_denoiser(config, network), build_schedule(config), config.diffusion.loss_weight
+            build_denoiser(config, network),
+            build_schedule(config),
+            config.diffusion.loss_weight,
+            stratified=training.times == "stratified",
         ),
         metrics_path=run.metrics_path,
         save=lambda: save_checkpoint(path_now(), snapshot()),

@@ -98,12 +98,20 @@ def base_rate(training: TrainingConfig) -> Callable[[int], float]:
 # --- what is learnt -----------------------------------------------------------------------------
 
 
-def base_losses(denoiser: Denoiser, schedule: Schedule, weight: str) -> Losses:
-    """The denoising loss in continuous time, t ~ U(0, 1) (Salimans & Ho 2022, algorithm 1)."""
+def base_losses(
+    denoiser: Denoiser, schedule: Schedule, weight: str, stratified: bool = False
+) -> Losses:
+    """The denoising loss in continuous time, t ~ U(0, 1) (Salimans & Ho 2022, algorithm 1).
+
+    stratified: the n-th of B images has t ~ U(n/B, (n+1)/B), in one part of [0, 1] each. The mean
+    over the batch has the same expectation and a smaller variance.
+    """
 
     def losses(x: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
         eps = torch.randn(x.shape, generator=rng, device=x.device)
         t = torch.rand(len(x), generator=rng, device=x.device, dtype=torch.float64)
+        if stratified:
+            t = (t + torch.arange(len(x), device=x.device)) / len(x)
         return denoising_loss(_bound(denoiser, labels), x, eps, schedule(t), LOSS_WEIGHTS[weight])
 
     return losses
@@ -188,13 +196,13 @@ def run_stage(
     save: Callable[[], None],
     draw: Callable[[], None] | None = None,
     title: str,
-    **labels: Any,
+    **noted: Any,
 ) -> None:
     """Trains the stage to its end with a progress bar, metrics and checkpoints on the way.
 
     save is called, then draw, after every plan.checkpoint_every updates and after the last one.
-    When the run is asked to stop, save is called and Stopped raised. labels: written into every
-    line of the metrics.
+    When the run is asked to stop, save is called and Stopped raised. noted: goes into every line
+    of the metrics.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
@@ -207,7 +215,7 @@ def run_stage(
             now = time.perf_counter()
             speed, start = plan.batch_size / (now - start), now
             log.write(
-                stage=plan.stage, **labels, **metrics._asdict(), images_per_second=round(speed, 1)
+                stage=plan.stage, **noted, **metrics._asdict(), images_per_second=round(speed, 1)
             )
             bar.set_postfix_str(
                 f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, {speed:.0f} images/s",

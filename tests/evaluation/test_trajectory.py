@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.report import LadderRow, ladder_table, write_report
+from evaluation.report import LadderRow, draw_pictures, ladder_table, write_table
 from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
 from tests.toys import tiny
 from utils.build import build_network
@@ -69,7 +69,8 @@ def test_the_report_says_what_was_measured(tmp_path):
     assert "| 2 | 10 | 0.250000 | 1.000000 | 0.25 |" in table
     assert "4-step DDIM" in table
     images = {n: torch.zeros(64, 3, 8, 8) for n in (4, 2, 1)}
-    assert write_report(tmp_path, "x", rows, images, images, 4) == table
+    assert write_table(tmp_path, "x", rows, 4) == table
+    draw_pictures(tmp_path, images, images, 4)
     assert table in (tmp_path / "ladder.md").read_text()
     numbers = json.loads((tmp_path / "ladder.json").read_text())
     assert numbers["rows"][0] == {
