@@ -64,7 +64,8 @@ OutputTypeName = Annotated[str, one_of(OUTPUT_TYPES)]
 ScheduleName = Annotated[str, one_of(SCHEDULES)]
 LossWeightName = Annotated[str, one_of(LOSS_WEIGHTS)]
 SamplerName = Annotated[str, AfterValidator(_sampler_name)]
-UpdatesPerStage = Count | Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)]
+CountPerStage = Count | Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)]
+PositivePerStage = Positive | Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 
 
 class Section(BaseModel):
@@ -132,14 +133,15 @@ class TrainingConfig(Section):
 class DistillationConfig(Section):
     """The ladder. first_steps: the FIRST student's steps; each of the iterations halves them.
 
-    updates_per_stage: one number, or one for each stage.
+    updates_per_stage, learning_rate: one number, or a list with one for each stage. The rate falls
+    to 0 within every stage.
     """
 
     first_steps: Count = 512
     iterations: Annotated[int, Field(ge=1, le=31)] = 7
-    updates_per_stage: UpdatesPerStage = 5000
+    updates_per_stage: CountPerStage = 5000
     batch_size: Count = 128
-    learning_rate: Positive = 1.0e-4
+    learning_rate: PositivePerStage = 1.0e-4
     gradient_clip: Positive | None = 1.0
     loss_weight: LossWeightName = "snr_trunc"
     checkpoint_every: Count = 1000
@@ -147,12 +149,13 @@ class DistillationConfig(Section):
     @model_validator(mode="after")
     def _ladder_exists(self) -> "DistillationConfig":
         self.ladder()
-        updates = self.updates_per_stage
-        if isinstance(updates, tuple) and len(updates) != self.iterations:
-            raise ValueError(
-                f"updates_per_stage lists {len(updates)} stages, but iterations is "
-                f"{self.iterations}: give one number, or one for each stage"
-            )
+        for key in ("updates_per_stage", "learning_rate"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != self.iterations:
+                raise ValueError(
+                    f"{key} lists {len(value)} stages, but iterations is {self.iterations}: "
+                    "give one number, or one for each stage"
+                )
         return self
 
     def ladder(self) -> tuple[int, ...]:
@@ -168,10 +171,13 @@ class DistillationConfig(Section):
             steps.append(steps[-1] // 2)
         return tuple(steps)
 
-    def updates(self, stage: int) -> int:
-        """The updates of the stage, counted from 0."""
-        updates = self.updates_per_stage
-        return updates[stage] if isinstance(updates, tuple) else updates
+    def stage(self, position: int) -> tuple[int, float]:
+        """The updates and the initial learning rate of a stage, counted from 0."""
+        updates, rate = self.updates_per_stage, self.learning_rate
+        return (
+            updates[position] if isinstance(updates, tuple) else updates,
+            rate[position] if isinstance(rate, tuple) else rate,
+        )
 
 
 class SamplingConfig(Section):
@@ -343,18 +349,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _explain(error: ValidationError) -> str:
     """The first of the errors in one line: key, what is wrong, what would be right."""
-    first, others = error.errors()[0], error.error_count() - 1
-    path = [str(part) for part in first["loc"] if part not in ("int", "tuple", "float")]
-    path = [part for part in path if not part.startswith(("constrained-", "function-"))]
+    by_key: dict[tuple[str, ...], list[Any]] = {}
+    for one in error.errors():
+        by_key.setdefault(tuple(map(str, one["loc"][:2])), []).append(one)
+    # A value that may be a number or a list fails as both: the deeper look knows more.
+    first = max(next(iter(by_key.values())), key=lambda one: len(one["loc"]))
+    path = [str(part) for part in first["loc"][:2]]
+    path += [str(part) for part in first["loc"][2:] if isinstance(part, int)]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _nearest_key(path)
-    elif first["type"] == "value_error" and len(path) < 2:
-        pass  # a constraint between keys: its message names them and the value
-    else:
+    elif first["type"] != "value_error" or len(path) > 1:
+        # of a constraint between keys the message itself names them and the values
         message = f"{message[0].lower()}{message[1:]} (it is {_shortened(first['input'])})"
     key = ".".join(path)
-    more = f" (and {others} more)" if others > 0 else ""
+    more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
     return (f"{key}: " if key else "") + message + more
 
 

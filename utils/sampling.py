@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion.gaussian import Denoise, Denoiser, Prediction, clipped, conditioned
 from diffusion.samplers import OnStep, make_sampler
@@ -19,6 +18,7 @@ from utils.command import InputError
 from utils.config import Config
 from utils.files import atomic_write
 from utils.images import decode, make_grid, save_gif, save_png, to_pillow
+from utils.progress import progress_bar
 from utils.randomness import ImageNoise
 from utils.runs import warn
 
@@ -39,7 +39,7 @@ def sample_batch(
     denoise: Denoise = denoiser if labels is None else conditioned(denoiser, label=labels)
     if clip:
         denoise = clipped(denoise)
-    with tqdm(total=num_steps, desc=title, unit="step", leave=False) as bar:
+    with progress_bar(num_steps, title, "step", leave=False) as bar:
 
         def step(i: int, z: Tensor, prediction: Prediction) -> None:
             bar.update()
@@ -144,7 +144,7 @@ class SampleRequest:
 
     def batches(self, count: int) -> Iterator[tuple[range, Tensor]]:
         """The first images, a batch at a time, with a bar over all of them."""
-        with tqdm(total=count, desc="images", unit="image") as bar:
+        with progress_bar(count, "images", "image") as bar:
             for start in range(0, count, self.batch_size):
                 indices = range(start, min(count, start + self.batch_size))
                 yield indices, self.draw(indices)

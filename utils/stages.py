@@ -135,7 +135,7 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     average, its learning rate falling to 0. Writes student-<steps>.pt.
     """
     config, distillation = run.config, run.config.distillation
-    num_steps, updates = distillation.ladder()[position], distillation.updates(position)
+    num_steps, (updates, rate) = distillation.ladder()[position], distillation.stage(position)
     student = Checkpoint(
         kind="student",
         name=run.name,
@@ -151,7 +151,7 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     newest = newest_whole(finals + numbered(run.output, prefix))
     if newest is not None:
         path, stored = newest
-        _require_same_stage(path, stored, student, updates)
+        _require_same_stage(path, stored, student, (updates, rate))
         if stored.update == updates:
             return stored
         student = stored
@@ -179,9 +179,7 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
 
     run_stage(
         trainee,
-        run.plan(
-            student.stage, updates, partial(decay_to_zero, distillation.learning_rate, updates)
-        ),
+        run.plan(student.stage, updates, partial(decay_to_zero, rate, updates)),
         run.dataset,
         student_losses(
             build_denoiser(config, network),
@@ -198,7 +196,9 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     return snapshot()
 
 
-def _require_same_stage(path: Path, stored: Checkpoint, wanted: Checkpoint, updates: int) -> None:
+def _require_same_stage(
+    path: Path, stored: Checkpoint, wanted: Checkpoint, recipe: tuple[int, float]
+) -> None:
     """A stage goes on only as the stage it was: same teacher, same updates, same recipe."""
     if stored.lineage != wanted.lineage:
         raise InputError(
@@ -207,7 +207,7 @@ def _require_same_stage(path: Path, stored: Checkpoint, wanted: Checkpoint, upda
         )
     before = stored.config.distillation
     free = ["distillation.first_steps", "distillation.iterations"]
-    if before.updates(before.ladder().index(wanted.num_steps or 0)) == updates:
-        free.append("distillation.updates_per_stage")
+    if before.stage(before.ladder().index(wanted.num_steps or 0)) == recipe:
+        free += ["distillation.updates_per_stage", "distillation.learning_rate"]
     sections = ("seed", "data", "model", "diffusion", "distillation")
     require_same_run(path, stored.config, wanted.config, sections, free)

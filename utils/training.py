@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffusion.distillation import distillation_loss
 from diffusion.gaussian import Denoise, Denoiser, conditioned
@@ -22,6 +21,7 @@ from utils.data import Dataset
 from utils.ema import ema_decay_at, update_ema
 from utils.images import encode
 from utils.metrics import MetricsLog
+from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
 
 Losses = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
@@ -208,7 +208,7 @@ def run_stage(
         stop = stack.enter_context(stop_requests())
         log = stack.enter_context(MetricsLog(metrics_path, plan.stage, trainee.update))
         bar = stack.enter_context(
-            tqdm(total=plan.updates, initial=trainee.update, desc=title, unit="update")
+            progress_bar(plan.updates, title, "update", initial=trainee.update)
         )
         start = time.perf_counter()
         for metrics in updates(trainee, plan, dataset, losses):

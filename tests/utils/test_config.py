@@ -46,7 +46,7 @@ def test_the_tutorials_config_is_the_tutorials_recipe():
     assert (training.updates, training.batch_size, training.learning_rate) == (10000, 128, 2e-4)
     assert config.sampling.steps == 1024
     assert config.distillation.ladder() == (512, 256, 128, 64, 32, 16, 8)
-    assert config.distillation.updates(0) == 5000
+    assert config.distillation.stage(0) == (5000, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,14 @@ def test_a_ladder_halves_or_is_refused(first_steps, iterations):
     assert ladder[-1] * 2 ** (iterations - 1) == first_steps
 
 
-def test_updates_per_stage_is_a_number_or_a_list():
-    config = DistillationConfig(first_steps=4, iterations=3, updates_per_stage=[1, 2, 3])
-    assert [config.updates(n) for n in range(3)] == [1, 2, 3]
-    assert DistillationConfig(updates_per_stage=9).updates(6) == 9
+def test_updates_and_rates_are_numbers_or_lists():
+    config = DistillationConfig(
+        first_steps=4, iterations=2, updates_per_stage=[1, 2], learning_rate=[1e-4, 1e-3]
+    )
+    assert [config.stage(n) for n in range(2)] == [(1, 1e-4), (2, 1e-3)]
+    assert DistillationConfig(updates_per_stage=9).stage(6) == (9, 1e-4)
+    with pytest.raises(ValueError, match="learning_rate lists 2 stages"):
+        DistillationConfig(learning_rate=[1e-4, 1e-3])
 
 
 def test_a_config_survives_json_and_tells_differences():

@@ -1,0 +1,18 @@
+"""Progress bars: rate and time left, often where somebody looks, seldom in a log file."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(total: int, title: str, unit: str, initial: int = 0, leave: bool = True) -> Any:
+    """A tqdm bar on standard error; in a file a line every half minute."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=title,
+        unit=unit,
+        leave=leave,
+        mininterval=0.2 if sys.stderr.isatty() else 30.0,
+    )
