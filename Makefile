@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/quickstart.yaml
-TEACHER := output/quickstart/diffusion-$(shell sed -n 's/^training:.*updates: \([0-9]*\).*/\1/p' $(CONFIG)).pt
+NEWEST = $$(ls output/quickstart/diffusion-*.pt | sort -V | tail -n 1)
+RESULTS := output/distilled/quickstart
 
 .PHONY: help quickstart test test-slow lint format mutants clean
 
@@ -28,8 +29,10 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/pyth
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py --config_path $(CONFIG)
-	$(BIN)/python distill.py --config_path $(CONFIG) --teacher_model_checkpoint $(TEACHER)
-	$(BIN)/python sample.py --checkpoint output/distilled/quickstart/student-8.pt --trajectory
+	$(BIN)/python distill.py --config_path $(CONFIG) --teacher_model_checkpoint $(NEWEST)
+	$(BIN)/python sample.py --checkpoint $(RESULTS)/student-8.pt --trajectory
+	@echo
+	@echo 'look at $(RESULTS)/comparison.png and ladder.png; the table is in ladder.md beside them'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
