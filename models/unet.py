@@ -1,6 +1,7 @@
 """The paper's UNet, every size an argument: the tutorial's, the small MNIST and the paper's own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -43,7 +44,10 @@ class Down(Level):
     """A level of the way down."""
 
     def forward(
-        self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"], skips: list[Tensor]
+        self,
+        h: Float[Tensor, "b c h w"],
+        embedding: Float[Tensor, "b e"],
+        skips: list[Float[Tensor, "b _ _ _"]],
     ) -> Float[Tensor, "b d i j"]:
         """Pushes what each block and the resampling gives onto the stack of skips."""
         for n in range(len(self.blocks)):
@@ -59,12 +63,54 @@ class Up(Level):
     """A level of the way up."""
 
     def forward(
-        self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"], skips: list[Tensor]
+        self,
+        h: Float[Tensor, "b c h w"],
+        embedding: Float[Tensor, "b e"],
+        skips: list[Float[Tensor, "b _ _ _"]],
     ) -> Float[Tensor, "b d i j"]:
         """Joins what the stack of skips holds, one for each block, the last one first."""
         for n in range(len(self.blocks)):
             h = self.block(n, torch.cat([h, skips.pop()], dim=1), embedding)
         return h if self.resample is None else self.resample(h, embedding)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Makes the parts of a network, which share these sizes (see UNet)."""
+
+    embedding_channels: int
+    dropout: float
+    attention_heads: int
+    attention_head_dim: int | None
+    resample: str
+
+    def block(self, in_channels: int, out_channels: int, to: str | None = None) -> ResBlock:
+        """A residual block, which resamples if told so."""
+        return ResBlock(in_channels, out_channels, self.embedding_channels, self.dropout, to)
+
+    def attention(self, width: int) -> Attention:
+        """Attention over so many channels."""
+        dim = self.attention_head_dim
+        return Attention(width, width // dim if dim else self.attention_heads)
+
+    def resampling(self, width: int, to: str) -> nn.Module:
+        """Half (to = down) or twice (to = up) the height and width."""
+        if self.resample == "block":
+            return self.block(width, width, to)
+        return ConvDownsample(width) if to == "down" else ConvUpsample(width)
+
+    def down(self, in_channels: int, width: int, count: int, attends: bool, last: bool) -> Down:
+        """A level of the way down, of so many blocks; the last one does not resample."""
+        blocks = [self.block(in_channels if n == 0 else width, width) for n in range(count)]
+        attentions = [self.attention(width) for _ in range(count if attends else 0)]
+        return Down(blocks, attentions, None if last else self.resampling(width, "down"))
+
+    def up(self, in_channels: int, width: int, skips: list[int], attends: bool, last: bool) -> Up:
+        """A level of the way up, a block for each of the skips' widths."""
+        widths = [in_channels] + [width] * (len(skips) - 1)
+        blocks = [self.block(a + b, width) for a, b in zip(widths, skips, strict=True)]
+        attentions = [self.attention(width) for _ in range(len(skips) if attends else 0)]
+        return Up(blocks, attentions, None if last else self.resampling(width, "up"))
 
 
 class UNet(nn.Module):
@@ -101,26 +147,13 @@ class UNet(nn.Module):
         super().__init__()
         embedding_channels = embedding_channels or 4 * channels
         self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
+        parts = Parts(embedding_channels, dropout, attention_heads, attention_head_dim, resample)
         widths = [channels * multiplier for multiplier in channel_multipliers]
-        resolutions = [image_size // patch_size >> level for level in range(len(widths))]
+        attends = [
+            image_size // patch_size >> level in attention_resolutions
+            for level in range(len(widths))
+        ]
         last = len(widths) - 1
-
-        def block(in_channels: int, out_channels: int, to: str | None = None) -> ResBlock:
-            return ResBlock(in_channels, out_channels, embedding_channels, dropout, to)
-
-        def attention(width: int) -> Attention:
-            return Attention(
-                width, width // attention_head_dim if attention_head_dim else attention_heads
-            )
-
-        def attentions(level: int, count: int) -> list[Attention]:
-            listed = resolutions[level] in attention_resolutions
-            return [attention(widths[level]) for _ in range(count if listed else 0)]
-
-        def resampling(width: int, to: str) -> nn.Module:
-            if resample == "block":
-                return block(width, width, to)
-            return ConvDownsample(width) if to == "down" else ConvUpsample(width)
 
         self.time_in = linear(channels, embedding_channels)
         self.time_out = linear(embedding_channels, embedding_channels)
@@ -128,27 +161,23 @@ class UNet(nn.Module):
             self.class_embedding = linear(num_classes, embedding_channels)
         self.conv_in = conv(image_channels * patch_size**2, channels)
 
-        skips, width, down = [channels], channels, []
+        skips, width = [channels], channels  # the widths of what the way down pushes
+        self.down = nn.ModuleList()
         for level, out in enumerate(widths):
-            blocks = [block(width if n == 0 else out, out) for n in range(blocks_per_level)]
-            resampler = resampling(out, "down") if level < last else None
-            down.append(Down(blocks, attentions(level, blocks_per_level), resampler))
+            self.down.append(
+                parts.down(width, out, blocks_per_level, attends[level], level == last)
+            )
             skips += [out] * (blocks_per_level + (level < last))
             width = out
-        self.down = nn.ModuleList(down)
 
-        self.middle_in, self.middle_out = block(width, width), block(width, width)
-        self.middle_attention = attention(width)
+        self.middle_in, self.middle_out = parts.block(width, width), parts.block(width, width)
+        self.middle_attention = parts.attention(width)
 
-        up = []
+        self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
-            blocks = []
-            for _ in range(blocks_per_level + 1):
-                blocks.append(block(width + skips.pop(), out))
-                width = out
-            resampler = resampling(out, "up") if level > 0 else None
-            up.append(Up(blocks, attentions(level, blocks_per_level + 1), resampler))
-        self.up = nn.ModuleList(up)
+            joined = [skips.pop() for _ in range(blocks_per_level + 1)]
+            self.up.append(parts.up(width, out, joined, attends[level], level == 0))
+            width = out
 
         self.norm_out = group_norm(width)
         self.conv_out = conv(width, output_channels * patch_size**2, zero=True)

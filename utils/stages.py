@@ -81,11 +81,7 @@ def train_base(run: Run) -> Path:
         sections = ("seed", "data", "model", "diffusion", "training")
         longer = ["training.updates"] if training.learning_rate_decay == "none" else []
         require_same_run(path, stored.config, config, sections, free=longer)
-        load_weights(network, stored.model, path)
-        load_weights(ema, stored.weights, path)
-        trainee.optimizer.load_state_dict(stored.optimizer or {})
-        trainee.update = stored.update
-        print(f"going on from {path}")
+        _go_on(trainee, path, stored)
 
     def snapshot() -> Checkpoint:
         return Checkpoint(
@@ -107,16 +103,17 @@ def train_base(run: Run) -> Path:
         request = SampleRequest.of(snapshot(), build_denoiser(config, ema), run.device)
         write_grid(path_now().with_suffix(".png"), request, config.sampling.grid)
 
+    losses = base_losses(
+        build_denoiser(config, network),
+        build_schedule(config),
+        config.diffusion.loss_weight,
+        stratified=training.times == "stratified",
+    )
     run_stage(
         trainee,
         run.plan(0, training.updates, base_rate(training), training.ema_decay),
         run.dataset,
-        base_losses(
-            build_denoiser(config, network),
-            build_schedule(config),
-            config.diffusion.loss_weight,
-            stratified=training.times == "stratified",
-        ),
+        losses,
         metrics_path=run.metrics_path,
         save=lambda: save_checkpoint(path_now(), snapshot()),
         draw=draw,
@@ -136,16 +133,7 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     """
     config, distillation = run.config, run.config.distillation
     num_steps, (updates, rate) = distillation.ladder()[position], distillation.stage(position)
-    student = Checkpoint(
-        kind="student",
-        name=run.name,
-        config=config,
-        update=0,
-        stage=teacher.stage + 1,
-        num_steps=num_steps,
-        model=teacher.weights,
-        lineage={"teacher": digest(teacher.weights)},
-    )
+    student = _untrained_student(run, teacher, num_steps)
     final, prefix = run.output / f"student-{num_steps}.pt", f"student-{num_steps}-"
     finals = [final] if final.exists() else []
     newest = newest_whole(finals + numbered(run.output, prefix))
@@ -154,46 +142,68 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
         _require_same_stage(path, stored, student, (updates, rate))
         if stored.update == updates:
             return stored
-        student = stored
-        print(f"going on from {path}")
 
     network = build_network(config, run.device, dropout=0.0)
     frozen = build_network(config, run.device, dropout=0.0).requires_grad_(False).eval()
+    trainee = Trainee(network, None, make_optimizer(network))
     load_weights(network, student.model, final)
     load_weights(frozen, teacher.weights, final)
-    trainee = Trainee(network, None, make_optimizer(network), student.update)
-    if student.optimizer is not None:
-        trainee.optimizer.load_state_dict(student.optimizer)
+    if newest is not None:
+        _go_on(trainee, *newest)
 
     def snapshot() -> Checkpoint:
-        return replace(student, update=trainee.update, model=network.state_dict(), optimizer=None)
+        return replace(student, update=trainee.update, model=network.state_dict())
 
     def save() -> None:
-        if trainee.update == updates:
+        if trainee.update < updates:
+            path = run.output / f"{prefix}{trainee.update}.pt"
+            save_checkpoint(path, replace(snapshot(), optimizer=trainee.optimizer.state_dict()))
+        else:
             save_checkpoint(final, snapshot())
             for path in numbered(run.output, prefix):
                 path.unlink()
-        else:
-            path = run.output / f"{prefix}{trainee.update}.pt"
-            save_checkpoint(path, replace(snapshot(), optimizer=trainee.optimizer.state_dict()))
 
+    losses = student_losses(
+        build_denoiser(config, network),
+        build_denoiser(config, frozen),
+        build_schedule(config),
+        num_steps,
+        distillation.loss_weight,
+    )
     run_stage(
         trainee,
         run.plan(student.stage, updates, partial(decay_to_zero, rate, updates)),
         run.dataset,
-        student_losses(
-            build_denoiser(config, network),
-            build_denoiser(config, frozen),
-            build_schedule(config),
-            num_steps,
-            distillation.loss_weight,
-        ),
+        losses,
         metrics_path=run.metrics_path,
         save=save,
         title=f"student {num_steps}",
         num_steps=num_steps,
     )
     return snapshot()
+
+
+def _untrained_student(run: Run, teacher: Checkpoint, num_steps: int) -> Checkpoint:
+    return Checkpoint(
+        kind="student",
+        name=run.name,
+        config=run.config,
+        update=0,
+        stage=teacher.stage + 1,
+        num_steps=num_steps,
+        model=teacher.weights,
+        lineage={"teacher": digest(teacher.weights)},
+    )
+
+
+def _go_on(trainee: Trainee, path: Path, stored: Checkpoint) -> None:
+    """Puts the trainee where the checkpoint was saved."""
+    load_weights(trainee.network, stored.model, path)
+    if trainee.ema is not None:
+        load_weights(trainee.ema, stored.weights, path)
+    trainee.optimizer.load_state_dict(stored.optimizer or {})
+    trainee.update = stored.update
+    print(f"going on from {path}")
 
 
 def _require_same_stage(

@@ -1,0 +1,77 @@
+"""The rules of the house that a program can check."""
+
+import ast
+import importlib
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+OURS = {"diffusion", "models", "utils", "evaluation", "tests", "train", "distill", "sample"}
+MAY_IMPORT = {
+    "diffusion": {"diffusion"},
+    "models": {"models"},
+    "utils": {"diffusion", "models", "utils"},
+    "evaluation": {"diffusion", "evaluation", "utils"},
+}
+MODULES = sorted(
+    path.relative_to(ROOT).with_suffix("")
+    for folder in MAY_IMPORT
+    for path in (ROOT / folder).glob("*.py")
+    if path.stem != "__init__"
+)
+
+
+def functions(path):
+    tree = ast.parse((ROOT / path).with_suffix(".py").read_text())
+    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_go_one_way(module):
+    tree = ast.parse((ROOT / module).with_suffix(".py").read_text())
+    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    ours = {name.split(".")[0] for name in imported} & OURS
+    assert ours <= MAY_IMPORT[module.parts[0]]
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.parts[0] in ("diffusion", "models")], ids=str
+)
+def test_public_functions_state_their_shapes(module):
+    """No tensor of a public signature is without a shape; conftest.py has them checked."""
+    loaded = importlib.import_module(".".join(module.parts))
+    members = [m for n, m in vars(loaded).items() if not n.startswith("_")]
+    members = [m for m in members if getattr(m, "__module__", None) == loaded.__name__]
+    for cls in [m for m in members if inspect.isclass(m)]:
+        members += [m for n, m in vars(cls).items() if n == "__call__" or not n.startswith("_")]
+    checked = [m for m in members if inspect.isfunction(m)]
+    assert checked
+    for function in checked:
+        for name, annotation in inspect.get_annotations(function).items():
+            if typing.get_origin(annotation) is not Callable:
+                bare = [p for p in (annotation, *typing.get_args(annotation)) if p is Tensor]
+                assert not bare, f"{function.__qualname__}: {name} has no shape"
+
+
+def test_shapes_are_checked_at_run_time():
+    import torch
+
+    from diffusion.gaussian import diffuse
+
+    with pytest.raises(Exception, match=r"(?i)type-check"):
+        diffuse(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), torch.zeros(3))
+
+
+def test_functions_fit_on_a_screen_and_scripts_are_short():
+    for path in [*MODULES, Path("train"), Path("distill"), Path("sample")]:
+        for function in functions(path):
+            length = function.end_lineno - function.lineno + 1
+            assert length <= 75, f"{path}: {function.name} has {length} lines"
+    for script in ("train", "distill", "sample"):
+        assert len((ROOT / script).with_suffix(".py").read_text().splitlines()) <= 150
