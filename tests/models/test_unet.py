@@ -133,6 +133,17 @@ def test_the_unet_is_the_reference():
 @pytest.mark.parametrize(
     ("sizes", "count"),
     [
+        (  # the tutorial's network for MNIST
+            {
+                "image_size": 32,
+                "image_channels": 1,
+                "channels": 128,
+                "channel_multipliers": [1, 2, 2, 2],
+                "blocks_per_level": 2,
+                "attention_resolutions": [16],
+            },
+            42_850_817,
+        ),
         (  # CIFAR-10
             {
                 "image_size": 32,
@@ -170,7 +181,7 @@ def test_the_unet_is_the_reference():
         ),
     ],
 )
-def test_the_papers_networks_have_the_papers_sizes(sizes, count):
+def test_the_papers_networks_have_their_sizes(sizes, count):
     with torch.device("meta"):
         network = UNet(**SMALL | {"image_channels": 3, "blocks_per_level": 3} | sizes)
     assert sum(p.numel() for p in network.parameters()) == count
@@ -282,3 +293,28 @@ def test_bf16_autocast_is_close_to_float32():
     full = network(z, logsnr)
     assert low.dtype == torch.bfloat16
     assert (low - full).abs().mean() < 0.05 * full.abs().mean()
+
+
+@pytest.mark.slow
+def test_the_compiled_network_is_the_eager_one():
+    network = awake(UNet(**SMALL))
+    z, logsnr = torch.randn(2, 1, 16, 16), torch.tensor([-1.0, 2.0])
+    compiled = torch.compile(network)
+    torch.testing.assert_close(compiled(z, logsnr), network(z, logsnr), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_tutorials_network_learns_in_a_full_sized_update():
+    sizes = {"image_size": 32, "channels": 128, "channel_multipliers": [1, 2, 2, 2]}
+    sizes |= {"blocks_per_level": 2, "attention_resolutions": [16]}
+    network = UNet(**SMALL | sizes)
+    z, logsnr = torch.randn(4, 1, 32, 32), torch.zeros(4)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-4)
+    losses = []
+    for _ in range(3):
+        loss = (network(z, logsnr) - 0.5).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
