@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import subprocess
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -75,3 +76,18 @@ def test_functions_fit_on_a_screen_and_scripts_are_short():
             assert length <= 75, f"{path}: {function.name} has {length} lines"
     for script in ("train", "distill", "sample"):
         assert len((ROOT / script).with_suffix(".py").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    "patch", sorted((ROOT / "tests/mutants").glob("*.patch")), ids=lambda p: p.stem
+)
+def test_every_mutant_still_applies(patch):
+    """make mutants runs them; a change of the code must not leave one behind."""
+    result = subprocess.run(
+        ["git", "apply", "--check", str(patch)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
