@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import GO_ON, add_common_arguments, parse, run_command
+from utils.command import GO_ON, add_common_arguments, parse, run_command, say
 
 DESCRIPTION = """\
 Progressive distillation: each stage copies its teacher into a student that learns to match two
@@ -37,12 +37,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Goes down the ladder, stage by stage, from where an earlier run stopped if there is one."""
-    from evaluation.report import LadderRow, draw_pictures, write_table
-    from evaluation.trajectory import Trajectories, trajectory_error
-    from utils.build import build_dataset, choose_device
+    from evaluation.report import LadderReport
+    from utils.build import build_dataset
     from utils.checkpoint import load_checkpoint
-    from utils.images import decode, make_grid, save_png
-    from utils.runs import delete_run, distillation_config, reference_steps
+    from utils.distributed import join_world
+    from utils.runs import delete_run, distillation_config
     from utils.stages import Run, train_student
 
     base_path = arguments.teacher_model_checkpoint
@@ -55,41 +54,24 @@ def distill(arguments: argparse.Namespace) -> None:
     config = distillation_config(base, base_path, arguments.config_path, overrides)
     name = arguments.config_path.stem if arguments.config_path else base.name
     output = arguments.output or Path(f"output/distilled/{name}")
-    if arguments.restart:
-        delete_run(output, ["student-*.pt", "student-*.png", "metrics.jsonl", "images.safetensors"])
-
-    device = choose_device(arguments.device)
-    run = Run(config, name, output, device, build_dataset(config, device))
-    trajectories = Trajectories(output / "images.safetensors", config, device)
-    finest = reference_steps(base, config)
-    teachers, students, rows = {}, {}, []
-    teachers[finest] = trajectories.of(base, finest, f"teacher at {finest}")
-    teacher = base
-    for position, num_steps in enumerate(config.distillation.ladder()):
-        teacher = train_student(run, teacher, position)
-        students[num_steps] = trajectories.of(teacher, num_steps, f"student at {num_steps}")
-        teachers[num_steps] = trajectories.of(base, num_steps, f"teacher at {num_steps}")
-        grid = make_grid(decode(students[num_steps][: config.sampling.grid]))
-        save_png(output / f"student-{num_steps}.png", grid, scale=2)
-        rows.append(
-            LadderRow(
-                num_steps,
-                teacher.update,
-                trajectory_error(students[num_steps], teachers[finest]),
-                trajectory_error(teachers[num_steps], teachers[finest]),
-            )
-        )
-        table = write_table(output, name, rows, finest)
-        print(
-            f"student at {num_steps}: trajectory error {rows[-1].student_error:.6f}, "
-            f"undistilled teacher {rows[-1].teacher_error:.6f}"
-        )
-    draw_pictures(output, teachers, students, finest)
-    print(table)
-    print(
-        f"\ndistilled to {rows[-1].num_steps} steps: {output}/student-*.pt; the table in "
+    with join_world(arguments.device) as world:
+        run = Run(config, name, output, world, build_dataset(config, world.device))
+        if arguments.restart and world.leads:
+            files = ["student-*.pt", "student-*.png", "metrics.jsonl", "images.safetensors"]
+            delete_run(output, files)
+        world.wait()
+        report = LadderReport(run, base) if world.leads else None
+        teacher = base
+        for position in range(len(config.distillation.ladder())):
+            teacher = train_student(run, teacher, position)
+            if report is not None:
+                report.add(teacher)
+        if report is not None:
+            report.finish()
+    say(
+        f"\ndistilled to {teacher.num_steps} steps: {output}/student-*.pt; the table in "
         f"{output}/ladder.md, the pictures comparison.png and ladder.png beside it\n"
-        f"next: python sample.py --checkpoint {output}/student-{rows[-1].num_steps}.pt"
+        f"next: python sample.py --checkpoint {output}/student-{teacher.num_steps}.pt"
     )
 
 

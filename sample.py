@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import InputError, add_device_argument, parse, run_command
+from utils.command import InputError, add_device_argument, parse, run_command, say
 
 DESCRIPTION = """\
 Draw samples from a checkpoint, which knows its network, its sampler and its steps. Without --count:
@@ -34,46 +34,45 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Draws what the command line asks for and writes it."""
-    from utils.build import build_denoiser, build_network, choose_device, load_weights
+    from utils.build import build_denoiser, build_network, load_weights
     from utils.checkpoint import load_checkpoint
+    from utils.distributed import join_world
     from utils.sampling import SampleRequest, write_folder, write_grid, write_npz
 
-    path = arguments.checkpoint
+    path, count, output = arguments.checkpoint, arguments.count, arguments.output
     checkpoint = load_checkpoint(path)
-    device = choose_device(arguments.device)
-    network = build_network(checkpoint.config, device).eval()
-    load_weights(network, checkpoint.weights, path)
-    request = SampleRequest.of(
-        checkpoint,
-        build_denoiser(checkpoint.config, network),
-        device,
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        clip=arguments.clip,
-        seed=arguments.seed,
-        labels=arguments.labels,
-        batch_size=arguments.batch_size,
-    )
-    count, output = arguments.count, arguments.output
-    default = Path("output/samples") / f"{path.stem}-{request.num_steps}-steps"
     if arguments.trajectory and count is not None:
         raise InputError("--trajectory: goes with a grid, not with --count")
-    if count is None:
-        output = output or default.with_suffix(".png")
-        if output.suffix.lower() != ".png":
-            raise InputError(
-                f"--output {output}: a grid is written as .png; for files give --count"
-            )
-        written = write_grid(output, request, checkpoint.config.sampling.grid, arguments.trajectory)
-    elif count < 1:
+    if count is not None and count < 1:
         raise InputError(f"--count {count}: take at least 1")
-    elif output is not None and output.suffix == ".npz":
-        written = write_npz(output, request, count)
-    elif output is not None and output.suffix:
-        raise InputError(f"--output {output}: with --count, a folder or a .npz")
-    else:
-        written = write_folder(output or default, request, count)
-    print(f"{request.num_steps} steps of {request.sampler}: {', '.join(map(str, written))}")
+    with join_world(arguments.device) as world:
+        network = build_network(checkpoint.config, world.device).eval()
+        load_weights(network, checkpoint.weights, path)
+        request = SampleRequest.of(
+            checkpoint,
+            build_denoiser(checkpoint.config, network),
+            world,
+            steps=arguments.steps,
+            sampler=arguments.sampler,
+            clip=arguments.clip,
+            seed=arguments.seed,
+            labels=arguments.labels,
+            batch_size=arguments.batch_size,
+        )
+        default = Path("output/samples") / f"{path.stem}-{request.num_steps}-steps"
+        if count is None:
+            output = output or default.with_suffix(".png")
+            if output.suffix.lower() != ".png":
+                raise InputError(f"--output {output}: a grid is a .png; for files give --count")
+            grid = checkpoint.config.sampling.grid
+            written = write_grid(output, request, grid, arguments.trajectory)
+        elif output is not None and output.suffix == ".npz":
+            written = write_npz(output, request, count)
+        elif output is not None and output.suffix:
+            raise InputError(f"--output {output}: with --count, a folder or a .npz")
+        else:
+            written = write_folder(output or default, request, count)
+    say(f"{request.num_steps} steps of {request.sampler}: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import GO_ON, add_common_arguments, parse, run_command
+from utils.command import GO_ON, add_common_arguments, parse, run_command, say
 
 DESCRIPTION = """\
 Train a diffusion model as a YAML file says. Writes diffusion-<update>.pt and a grid of samples
@@ -24,19 +24,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains the base model to the end of its plan, from its newest checkpoint if there is one."""
-    from utils.build import build_dataset, choose_device
+    from utils.build import build_dataset
     from utils.config import load_config
+    from utils.distributed import join_world
     from utils.runs import delete_run
     from utils.stages import Run, train_base
 
     config = load_config(arguments.config_path, arguments.set)
     name = arguments.config_path.stem
     output = arguments.output or Path(config.output or f"output/{name}")
-    if arguments.restart:
-        delete_run(output, ["diffusion-*.pt", "diffusion-*.png", "metrics.jsonl"])
-    device = choose_device(arguments.device)
-    checkpoint = train_base(Run(config, name, output, device, build_dataset(config, device)))
-    print(
+    with join_world(arguments.device) as world:
+        dataset = build_dataset(config, world.device)
+        if arguments.restart and world.leads:
+            delete_run(output, ["diffusion-*.pt", "diffusion-*.png", "metrics.jsonl"])
+        world.wait()
+        checkpoint = train_base(Run(config, name, output, world, dataset))
+    say(
         f"trained: {checkpoint}, its samples in {checkpoint.with_suffix('.png')}\n"
         f"next: python distill.py --config_path {arguments.config_path} "
         f"--teacher_model_checkpoint {checkpoint}"

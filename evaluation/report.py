@@ -7,9 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from evaluation.trajectory import NUM_IMAGES
+from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
+from utils.checkpoint import Checkpoint
+from utils.command import say
 from utils.files import atomic_write, write_text
-from utils.images import decode, make_grid
+from utils.images import decode, make_grid, save_png
+from utils.runs import reference_steps
+from utils.stages import Run
 
 PICTURED_STEPS = 8  # of the three-column picture: teacher | teacher at 8 | student at 8
 PICTURED_STAGES = (8, 4, 2, 1)
@@ -28,6 +32,49 @@ class LadderRow:
     def ratio(self) -> float:
         """The student's error over the undistilled teacher's at the same step count."""
         return self.student_error / self.teacher_error if self.teacher_error else float("inf")
+
+
+class LadderReport:
+    """What is known of a ladder, stage by stage: images, errors, table, grids, pictures.
+
+    base: the checkpoint that the ladder began with, by whose finest images it is measured.
+    """
+
+    def __init__(self, run: Run, base: Checkpoint) -> None:
+        self.run, self.base = run, base
+        path = run.output / "images.safetensors"
+        self.trajectories = Trajectories(path, run.config, run.world.device)
+        self.reference_steps = reference_steps(base, run.config)
+        self.teachers: dict[int, Tensor] = {}
+        self.students: dict[int, Tensor] = {}
+        self.rows: list[LadderRow] = []
+        self._error_of_teacher(self.reference_steps)
+
+    def _error_of_teacher(self, num_steps: int) -> float:
+        images = self.trajectories.of(self.base, num_steps, f"teacher at {num_steps}")
+        self.teachers[num_steps] = images
+        return trajectory_error(images, self.teachers[self.reference_steps])
+
+    def add(self, student: Checkpoint) -> None:
+        """Measures a stage, writes its grid and the table so far, and prints its line."""
+        output, num_steps = self.run.output, student.num_steps or 1
+        images = self.trajectories.of(student, num_steps, f"student at {num_steps}")
+        self.students[num_steps] = images
+        error = trajectory_error(images, self.teachers[self.reference_steps])
+        row = LadderRow(num_steps, student.update, error, self._error_of_teacher(num_steps))
+        self.rows.append(row)
+        grid = make_grid(decode(images[: self.run.config.sampling.grid]))
+        save_png(output / f"student-{num_steps}.png", grid, scale=2)
+        write_table(output, self.run.name, self.rows, self.reference_steps)
+        say(
+            f"student at {num_steps}: trajectory error {row.student_error:.6f}, "
+            f"undistilled teacher {row.teacher_error:.6f}"
+        )
+
+    def finish(self) -> None:
+        """Draws the pictures and prints the table."""
+        draw_pictures(self.run.output, self.teachers, self.students, self.reference_steps)
+        say(ladder_table(self.rows, self.reference_steps))
 
 
 def ladder_table(rows: Sequence[LadderRow], reference_steps: int) -> str:

@@ -14,18 +14,6 @@ from utils.config import Config
 from utils.data import Dataset, open_dataset
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or a GPU where there is one, or the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not a device of this machine; try cpu") from None
-    return device
-
-
 def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
     """The config's network with fresh weights, its memory laid out for convolutions."""
     sizes = config.model.model_dump()

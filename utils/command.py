@@ -31,7 +31,7 @@ def run_command(work: Callable[[], None], if_stopped: str = "stopped") -> int:
     except InputError as error:
         return _fail(f"error: {error}", BAD_INPUT)
     except Stopped as stopped:
-        return _fail(str(stopped), INTERRUPTED)
+        return _fail(str(stopped), INTERRUPTED) if leads() else INTERRUPTED
     except KeyboardInterrupt:
         return _fail(if_stopped, INTERRUPTED)
     except OSError as error:
@@ -43,6 +43,23 @@ def run_command(work: Callable[[], None], if_stopped: str = "stopped") -> int:
 def _fail(message: str, code: int) -> int:
     print(" ".join(message.split()), file=sys.stderr)
     return code
+
+
+def leads() -> bool:
+    """Whether this process is the one of its run that speaks: torchrun's first, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """One line on standard output, once for a run of several processes."""
+    if leads():
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line on standard error, once for a run of several processes."""
+    if leads():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace | int:

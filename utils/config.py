@@ -127,6 +127,7 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     ema_decay: Fraction = 0.9999
     gradient_clip: Positive | None = 1.0
+    accumulate: Count = 1
     checkpoint_every: Count = 1000
 
 
@@ -144,6 +145,7 @@ class DistillationConfig(Section):
     learning_rate: PositivePerStage = 1.0e-4
     gradient_clip: Positive | None = 1.0
     loss_weight: LossWeightName = "snr_trunc"
+    accumulate: Count = 1
     checkpoint_every: Count = 1000
 
     @model_validator(mode="after")

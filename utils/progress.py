@@ -5,6 +5,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.command import leads
+
 
 def progress_bar(total: int, title: str, unit: str, initial: int = 0, leave: bool = True) -> Any:
     """A tqdm bar on standard error; in a file a line every half minute."""
@@ -14,5 +16,6 @@ def progress_bar(total: int, title: str, unit: str, initial: int = 0, leave: boo
         desc=title,
         unit=unit,
         leave=leave,
+        disable=not leads(),
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
     )

@@ -1,11 +1,10 @@
 """A run's folder: which checkpoint to go on from, whether it is the same run, how to begin anew."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.command import InputError
+from utils.command import InputError, warn
 from utils.config import Config, differences, load_config, make_config, override
 
 # What may change while a run goes on: where things lie and what is drawn, not what is learnt.
@@ -15,11 +14,6 @@ FREE_KEYS = {
     "training.checkpoint_every",
     "distillation.checkpoint_every",
 }
-
-
-def warn(message: str) -> None:
-    """One line on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def numbered(folder: Path, prefix: str) -> list[Path]:

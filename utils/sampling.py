@@ -14,13 +14,13 @@ from diffusion.samplers import OnStep, make_sampler
 from diffusion.schedule import Schedule, sampling_levels
 from utils.build import build_schedule, image_shape
 from utils.checkpoint import Checkpoint
-from utils.command import InputError
+from utils.command import InputError, warn
 from utils.config import Config
+from utils.distributed import World
 from utils.files import atomic_write
 from utils.images import decode, make_grid, save_gif, save_png, to_pillow
 from utils.progress import progress_bar
 from utils.randomness import ImageNoise
-from utils.runs import warn
 
 
 def sample_batch(
@@ -70,7 +70,7 @@ class SampleRequest:
 
     config: Config
     denoiser: Denoiser
-    device: torch.device
+    world: World
     num_steps: int
     sampler: str
     clip: bool
@@ -83,7 +83,7 @@ class SampleRequest:
         cls,
         checkpoint: Checkpoint,
         denoiser: Denoiser,
-        device: torch.device,
+        world: World,
         *,
         steps: int | None = None,
         sampler: str | None = None,
@@ -119,7 +119,7 @@ class SampleRequest:
         return cls(
             config=checkpoint.config,
             denoiser=denoiser,
-            device=device,
+            world=world,
             num_steps=steps or own or sampling.steps,
             sampler=sampler,
             clip=sampling.clip if clip is None else clip,
@@ -134,21 +134,23 @@ class SampleRequest:
             self.denoiser,
             build_schedule(self.config),
             self.num_steps,
-            ImageNoise(self.seed, indices, image_shape(self.config), self.device),
+            ImageNoise(self.seed, indices, image_shape(self.config), self.world.device),
             sampler=self.sampler,
             clip=self.clip,
-            labels=class_labels(indices, self.classes, self.device),
+            labels=class_labels(indices, self.classes, self.world.device),
             on_step=on_step,
         )
         return decode(x).cpu()
 
     def batches(self, count: int) -> Iterator[tuple[range, Tensor]]:
-        """The first images, a batch at a time, with a bar over all of them."""
+        """This process's share of the first images, a batch at a time, with a bar."""
+        step = self.batch_size * self.world.size
+        starts = range(self.batch_size * self.world.rank, count, step)
         with progress_bar(count, "images", "image") as bar:
-            for start in range(0, count, self.batch_size):
+            for start in starts:
                 indices = range(start, min(count, start + self.batch_size))
                 yield indices, self.draw(indices)
-                bar.update(len(indices))
+                bar.update(min(count - bar.n, len(indices) * self.world.size))
 
 
 def _parse_labels(text: str | None, num_classes: int | None) -> Sequence[int] | None:
@@ -171,7 +173,12 @@ def _parse_labels(text: str | None, num_classes: int | None) -> Sequence[int] | 
 def write_grid(
     path: Path, request: SampleRequest, count: int, trajectory: bool = False
 ) -> list[Path]:
-    """Writes a grid of images; with trajectory, a GIF and a strip of the denoising beside it."""
+    """Writes a grid of images; with trajectory, a GIF and a strip of the denoising beside it.
+
+    One process does it.
+    """
+    if not request.world.leads:
+        return []
     if not trajectory:
         images = [
             request.draw(range(s, min(count, s + request.batch_size)))
@@ -208,12 +215,17 @@ def write_folder(folder: Path, request: SampleRequest, count: int) -> list[Path]
         for index, image in zip(indices, images, strict=True):
             with atomic_write(folder / f"{index:06d}.png") as file:
                 to_pillow(image).save(file, format="PNG")
+    request.world.wait()
     return [folder]
 
 
 def write_npz(path: Path, request: SampleRequest, count: int) -> list[Path]:
     """Writes one array arr_0, uint8 (N, H, W, C), as the common evaluation suites read it."""
-    images = torch.cat([images for _, images in request.batches(count)])
-    with atomic_write(path) as file:
-        np.savez(file, rearrange(images, "n c h w -> n h w c").numpy())
+    images = torch.zeros(count, *image_shape(request.config), dtype=torch.uint8)
+    for indices, drawn in request.batches(count):
+        images[indices.start : indices.stop] = drawn
+    images = request.world.sum(images.to(request.world.device)).cpu()
+    if request.world.leads:
+        with atomic_write(path) as file:
+            np.savez(file, rearrange(images, "n c h w -> n h w c").numpy())
     return [path]

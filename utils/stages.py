@@ -9,21 +9,22 @@ from pathlib import Path
 import torch
 
 from utils.build import build_denoiser, build_network, build_schedule, load_weights
-from utils.checkpoint import Checkpoint, digest, save_checkpoint
-from utils.command import InputError
+from utils.checkpoint import Checkpoint, digest, load_checkpoint, save_checkpoint
+from utils.command import InputError, say
 from utils.config import Config
 from utils.data import Dataset
+from utils.distributed import World
 from utils.runs import newest_whole, numbered, require_same_run
 from utils.sampling import SampleRequest, write_grid
 from utils.training import (
     Plan,
     Trainee,
-    base_losses,
+    base_objective,
     base_rate,
     decay_to_zero,
     make_optimizer,
     run_stage,
-    student_losses,
+    student_objective,
 )
 
 
@@ -34,13 +35,21 @@ class Run:
     config: Config
     name: str
     output: Path
-    device: torch.device
+    world: World
     dataset: Dataset
 
     @property
     def metrics_path(self) -> Path:
         """One line an update."""
         return self.output / "metrics.jsonl"
+
+    def newest(self, paths: list[Path]) -> tuple[Path, Checkpoint] | None:
+        """The first of the paths, in order, that is a whole checkpoint: the same for all."""
+        found = newest_whole(paths) if self.world.leads else None
+        number = self.world.agree(-1 if found is None else paths.index(found[0]))
+        if number < 0 or found is not None:
+            return found
+        return paths[number], load_checkpoint(paths[number])
 
     def plan(
         self,
@@ -59,6 +68,7 @@ class Run:
             learning_rate=learning_rate,
             gradient_clip=recipe.gradient_clip,
             checkpoint_every=recipe.checkpoint_every,
+            accumulate=recipe.accumulate,
             ema_decay=ema_decay,
             horizontal_flip=self.config.data.horizontal_flip,
             conditional=self.config.model.num_classes is not None,
@@ -72,10 +82,11 @@ def train_base(run: Run) -> Path:
     """
     config, training = run.config, run.config.training
     torch.manual_seed(config.seed)  # of the initial weights
-    network = build_network(config, run.device)
+    network = build_network(config, run.world.device)
     ema = copy.deepcopy(network).requires_grad_(False).eval()
-    trainee = Trainee(network, ema, make_optimizer(network, training.weight_decay))
-    newest = newest_whole(numbered(run.output, "diffusion-"))
+    optimizer = make_optimizer(network, training.weight_decay)
+    trainee = Trainee(network, run.world.wrap(network), ema, optimizer)
+    newest = run.newest(numbered(run.output, "diffusion-"))
     if newest is not None:
         path, stored = newest
         sections = ("seed", "data", "model", "diffusion", "training")
@@ -100,11 +111,11 @@ def train_base(run: Run) -> Path:
         return run.output / f"diffusion-{trainee.update}.pt"
 
     def draw() -> None:
-        request = SampleRequest.of(snapshot(), build_denoiser(config, ema), run.device)
+        request = SampleRequest.of(snapshot(), build_denoiser(config, ema), run.world)
         write_grid(path_now().with_suffix(".png"), request, config.sampling.grid)
 
-    losses = base_losses(
-        build_denoiser(config, network),
+    objective = base_objective(
+        build_denoiser(config, trainee.called),
         build_schedule(config),
         config.diffusion.loss_weight,
         stratified=training.times == "stratified",
@@ -113,13 +124,15 @@ def train_base(run: Run) -> Path:
         trainee,
         run.plan(0, training.updates, base_rate(training), training.ema_decay),
         run.dataset,
-        losses,
+        objective,
+        run.world,
         metrics_path=run.metrics_path,
         save=lambda: save_checkpoint(path_now(), snapshot()),
         draw=draw,
         title=run.name,
     )
-    if not path_now().with_suffix(".png").exists():  # stopped between the last save and its grid
+    # A run may have been stopped between its last save and the grid.
+    if run.world.leads and not path_now().with_suffix(".png").exists():
         draw()
     return path_now()
 
@@ -136,18 +149,18 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     student = _untrained_student(run, teacher, num_steps)
     final, prefix = run.output / f"student-{num_steps}.pt", f"student-{num_steps}-"
     finals = [final] if final.exists() else []
-    newest = newest_whole(finals + numbered(run.output, prefix))
+    newest = run.newest(finals + numbered(run.output, prefix))
     if newest is not None:
         path, stored = newest
         _require_same_stage(path, stored, student, (updates, rate))
         if stored.update == updates:
             return stored
 
-    network = build_network(config, run.device, dropout=0.0)
-    frozen = build_network(config, run.device, dropout=0.0).requires_grad_(False).eval()
-    trainee = Trainee(network, None, make_optimizer(network))
+    network = build_network(config, run.world.device, dropout=0.0)
+    frozen = build_network(config, run.world.device, dropout=0.0).requires_grad_(False).eval()
     load_weights(network, student.model, final)
     load_weights(frozen, teacher.weights, final)
+    trainee = Trainee(network, run.world.wrap(network), None, make_optimizer(network))
     if newest is not None:
         _go_on(trainee, *newest)
 
@@ -163,8 +176,8 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
             for path in numbered(run.output, prefix):
                 path.unlink()
 
-    losses = student_losses(
-        build_denoiser(config, network),
+    objective = student_objective(
+        build_denoiser(config, trainee.called),
         build_denoiser(config, frozen),
         build_schedule(config),
         num_steps,
@@ -174,7 +187,8 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
         trainee,
         run.plan(student.stage, updates, partial(decay_to_zero, rate, updates)),
         run.dataset,
-        losses,
+        objective,
+        run.world,
         metrics_path=run.metrics_path,
         save=save,
         title=f"student {num_steps}",
@@ -203,7 +217,7 @@ def _go_on(trainee: Trainee, path: Path, stored: Checkpoint) -> None:
         load_weights(trainee.ema, stored.weights, path)
     trainee.optimizer.load_state_dict(stored.optimizer or {})
     trainee.update = stored.update
-    print(f"going on from {path}")
+    say(f"going on from {path}")
 
 
 def _require_same_stage(

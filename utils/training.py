@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +19,34 @@ from diffusion.schedule import Schedule, transition_levels
 from utils.command import InputError, Stopped, stop_requests
 from utils.config import TrainingConfig
 from utils.data import Dataset
+from utils.distributed import World
 from utils.ema import ema_decay_at, update_ema
 from utils.images import encode
 from utils.metrics import MetricsLog
 from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
 
-Losses = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
-"""(x, labels, generator) -> loss per example: draws its noise and levels from the generator."""
+Drawn = tuple[Tensor, ...]
+
+
+class Objective(NamedTuple):
+    """What an update learns.
+
+    draw: (generator, shape of the images) -> all that is random, for the whole global batch, each
+    tensor with a row an image. loss: (x, labels, *drawn) -> loss per example, of any rows of it.
+    """
+
+    draw: Callable[[torch.Generator, torch.Size], Drawn]
+    loss: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a stage is trained. learning_rate: update -> rate; ema_decay None: no average is kept."""
+    """How a stage is trained.
+
+    batch_size: of all processes and steps of accumulation together. learning_rate: update -> rate.
+    ema_decay None: no average is kept.
+    """
 
     seed: int
     stage: int
@@ -39,6 +55,7 @@ class Plan:
     learning_rate: Callable[[int], float]
     gradient_clip: float | None
     checkpoint_every: int
+    accumulate: int = 1
     ema_decay: float | None = None
     horizontal_flip: bool = False
     conditional: bool = False
@@ -46,21 +63,29 @@ class Plan:
 
 @dataclass
 class Trainee:
-    """What changes while training."""
+    """What changes while training. called: the network as the loss calls it, wrapped."""
 
     network: nn.Module
+    called: nn.Module
     ema: nn.Module | None
     optimizer: torch.optim.Optimizer
     update: int = 0
 
+    def synchronised(self, now: bool) -> AbstractContextManager[Any]:
+        """Whether a backward pass in this context averages gradients over the processes."""
+        if now or not isinstance(self.called, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self.called.no_sync()  # type: ignore[no-any-return]
+
 
 class Metrics(NamedTuple):
-    """Of one update. gradient_norm: before clipping."""
+    """Of one update. gradient_norm: before clipping. stop: some process was asked to stop."""
 
     update: int
     loss: float
     gradient_norm: float
     learning_rate: float
+    stop: bool
 
 
 def make_optimizer(network: nn.Module, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -98,42 +123,47 @@ def base_rate(training: TrainingConfig) -> Callable[[int], float]:
 # --- what is learnt -----------------------------------------------------------------------------
 
 
-def base_losses(
+def base_objective(
     denoiser: Denoiser, schedule: Schedule, weight: str, stratified: bool = False
-) -> Losses:
+) -> Objective:
     """The denoising loss in continuous time, t ~ U(0, 1) (Salimans & Ho 2022, algorithm 1).
 
     stratified: the n-th of B images has t ~ U(n/B, (n+1)/B), in one part of [0, 1] each. The mean
     over the batch has the same expectation and a smaller variance.
     """
 
-    def losses(x: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
-        eps = torch.randn(x.shape, generator=rng, device=x.device)
-        t = torch.rand(len(x), generator=rng, device=x.device, dtype=torch.float64)
+    def draw(rng: torch.Generator, shape: torch.Size) -> Drawn:
+        eps = torch.randn(shape, generator=rng, device=rng.device)
+        t = torch.rand(shape[0], generator=rng, device=rng.device, dtype=torch.float64)
         if stratified:
-            t = (t + torch.arange(len(x), device=x.device)) / len(x)
+            t = (t + torch.arange(shape[0], device=rng.device)) / shape[0]
+        return eps, t
+
+    def loss(x: Tensor, labels: Tensor | None, eps: Tensor, t: Tensor) -> Tensor:
         return denoising_loss(_bound(denoiser, labels), x, eps, schedule(t), LOSS_WEIGHTS[weight])
 
-    return losses
+    return Objective(draw, loss)
 
 
-def student_losses(
+def student_objective(
     student: Denoiser, teacher: Denoiser, schedule: Schedule, num_steps: int, weight: str
-) -> Losses:
+) -> Objective:
     """The student's loss at a random step i ~ U{0 .. N-1} of its N = num_steps (algorithm 2).
 
     The teacher takes two steps for each of the student's.
     """
 
-    def losses(x: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
-        eps = torch.randn(x.shape, generator=rng, device=x.device)
-        i = torch.randint(num_steps, (len(x),), generator=rng, device=x.device)
+    def draw(rng: torch.Generator, shape: torch.Size) -> Drawn:
+        eps = torch.randn(shape, generator=rng, device=rng.device)
+        return eps, torch.randint(num_steps, shape[:1], generator=rng, device=rng.device)
+
+    def loss(x: Tensor, labels: Tensor | None, eps: Tensor, i: Tensor) -> Tensor:
         levels = transition_levels(schedule, num_steps, i, k=2)
         return distillation_loss(
             _bound(student, labels), _bound(teacher, labels), x, eps, levels, LOSS_WEIGHTS[weight]
         )
 
-    return losses
+    return Objective(draw, loss)
 
 
 def _bound(denoiser: Denoiser, labels: Tensor | None) -> Denoise:
@@ -143,35 +173,57 @@ def _bound(denoiser: Denoiser, labels: Tensor | None) -> Denoise:
 # --- the loop -----------------------------------------------------------------------------------
 
 
-def updates(trainee: Trainee, plan: Plan, dataset: Dataset, losses: Losses) -> Iterator[Metrics]:
+def updates(
+    trainee: Trainee,
+    plan: Plan,
+    dataset: Dataset,
+    objective: Objective,
+    world: World,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Iterator[Metrics]:
     """Trains from the trainee's update to the plan's last one, yielding after each.
 
-    All that an update draws is a function of (seed, stage, update). Raises InputError where the
-    loss or its gradient is no finite number, before the weights are touched.
+    All that an update draws is a function of (seed, stage, update), drawn for the global batch of
+    which each process, and each step of accumulation, takes its rows: the gradient is that of one
+    process and one step, up to rounding. Raises InputError, in all processes alike, where the
+    gradient is no finite number, before the weights are touched; for a batch with fewer images
+    than there are processes and steps.
     """
     parameters = list(trainee.network.parameters())
-    device = parameters[0].device
+    rows = own_rows(plan.batch_size, plan.accumulate, world)
+    own = slice(rows[0].start, rows[-1].stop)
     index_batches = (
-        batch_indices(dataset.num_images, plan.batch_size, plan.seed, plan.stage, update)
+        batch_indices(dataset.num_images, plan.batch_size, plan.seed, plan.stage, update)[own]
         for update in range(trainee.update, plan.updates)
     )
+    limit = math.inf if plan.gradient_clip is None else plan.gradient_clip
     trainee.network.train()
     for images, labels in dataset.batches(index_batches):
         update, rate = trainee.update, plan.learning_rate(trainee.update)
-        rng = generator(device, plan.seed, plan.stage, update)
-        torch.manual_seed(rng.initial_seed())  # of dropout, which knows no generator
-        x = encode(images)
-        if plan.horizontal_flip:
-            flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=device) < 0.5
-            x = torch.where(flip, x.flip(-1), x)
+        rng = generator(world.device, plan.seed, plan.stage, update)
+        drawn = objective.draw(rng, torch.Size([plan.batch_size, *images.shape[1:]]))
+        flip = torch.rand(plan.batch_size, 1, 1, 1, generator=rng, device=world.device) < 0.5
+        # Dropout knows no generator: its own numbers for each process.
+        torch.manual_seed(generator("cpu", rng.initial_seed(), world.rank).initial_seed())
 
-        loss = losses(x, labels if plan.conditional else None, rng).mean()
         trainee.optimizer.zero_grad()
-        loss.backward()
-        limit = math.inf if plan.gradient_clip is None else plan.gradient_clip
+        loss = torch.zeros((), device=world.device)
+        for row in rows:
+            local = slice(row.start - own.start, row.stop - own.start)
+            x = encode(images[local])
+            if plan.horizontal_flip:
+                x = torch.where(flip[row], x.flip(-1), x)
+            label = labels[local] if plan.conditional and labels is not None else None
+            with trainee.synchronised(row is rows[-1]):
+                per_example = objective.loss(x, label, *(tensor[row] for tensor in drawn))
+                share = per_example.sum() / plan.batch_size
+                (share * world.size).backward()  # as gradients are averaged over the processes
+            loss += share.detach()
         norm = nn.utils.clip_grad_norm_(parameters, limit)
+        stop = torch.tensor(float(stop_requested()), device=world.device)
         # The one time an update waits for the device.
-        loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
+        sums = world.sum(torch.stack([loss, stop, norm / world.size])).tolist()
+        loss_value, stops, norm_value = sums
         if not math.isfinite(norm_value):
             raise InputError(
                 f"stage {plan.stage}, update {update}: the gradient is not finite; "
@@ -183,14 +235,28 @@ def updates(trainee: Trainee, plan: Plan, dataset: Dataset, losses: Losses) -> I
         if trainee.ema is not None and plan.ema_decay is not None:
             update_ema(trainee.ema, trainee.network, ema_decay_at(plan.ema_decay, update))
         trainee.update = update + 1
-        yield Metrics(trainee.update, loss_value, norm_value, rate)
+        yield Metrics(trainee.update, loss_value, norm_value, rate, stops > 0)
+
+
+def own_rows(batch_size: int, accumulate: int, world: World) -> list[slice]:
+    """The rows of the global batch that this process has, one slice a step of accumulation."""
+    parts = world.size * accumulate
+    if parts > batch_size:
+        raise InputError(
+            f"batch_size: {batch_size} cannot be shared by {world.size} processes of "
+            f"{accumulate} steps of accumulation each; take at least {parts}"
+        )
+    edges = [batch_size * n // parts for n in range(parts + 1)]
+    first = world.rank * accumulate
+    return [slice(edges[n], edges[n + 1]) for n in range(first, first + accumulate)]
 
 
 def run_stage(
     trainee: Trainee,
     plan: Plan,
     dataset: Dataset,
-    losses: Losses,
+    objective: Objective,
+    world: World,
     *,
     metrics_path: Path,
     save: Callable[[], None],
@@ -200,37 +266,50 @@ def run_stage(
 ) -> None:
     """Trains the stage to its end with a progress bar, metrics and checkpoints on the way.
 
-    save is called, then draw, after every plan.checkpoint_every updates and after the last one.
-    When the run is asked to stop, save is called and Stopped raised. noted: goes into every line
-    of the metrics.
+    save is called, then draw, after every plan.checkpoint_every updates and after the last one, by
+    the process that writes. When a process is asked to stop, save is called and Stopped raised in
+    all. noted: goes into every line of the metrics.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
-        log = stack.enter_context(MetricsLog(metrics_path, plan.stage, trainee.update))
-        bar = stack.enter_context(
-            progress_bar(plan.updates, title, "update", initial=trainee.update)
-        )
+        report = _nothing
+        if world.leads:
+            log = stack.enter_context(MetricsLog(metrics_path, plan.stage, trainee.update))
+            bar = stack.enter_context(progress_bar(plan.updates, title, "update", trainee.update))
+            report = partial(_report, log, bar, stage=plan.stage, **noted)
         start = time.perf_counter()
-        for metrics in updates(trainee, plan, dataset, losses):
+        steps = updates(trainee, plan, dataset, objective, world, lambda: stop.requested)
+        for metrics in steps:
             now = time.perf_counter()
-            speed, start = plan.batch_size / (now - start), now
-            log.write(
-                stage=plan.stage, **noted, **metrics._asdict(), images_per_second=round(speed, 1)
-            )
-            bar.set_postfix_str(
-                f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, {speed:.0f} images/s",
-                refresh=False,
-            )
-            bar.update()
+            report(metrics, images_per_second=plan.batch_size / (now - start))
+            start = now
             due = trainee.update == plan.updates or trainee.update % plan.checkpoint_every == 0
-            if due or stop.requested:
+            if world.leads and (due or metrics.stop):
                 log.file.flush()
                 save()
-            if stop.requested:
+            if metrics.stop:
                 raise Stopped(
                     f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
                     "run the same command again to go on"
                 )
-            if due and draw is not None:
+            if due and world.leads and draw is not None:
                 draw()
                 start = time.perf_counter()
+
+
+def _nothing(metrics: Metrics, images_per_second: float) -> None:
+    pass
+
+
+def _report(
+    log: MetricsLog, bar: Any, metrics: Metrics, images_per_second: float, **noted: Any
+) -> None:
+    """One line of metrics, one tick of the bar."""
+    values = {key: value for key, value in metrics._asdict().items() if key != "stop"}
+    log.write(**noted, **values, images_per_second=round(images_per_second, 1))
+    bar.set_postfix_str(
+        f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, "
+        f"{images_per_second:.0f} images/s",
+        refresh=False,
+    )
+    bar.update()

@@ -13,22 +13,26 @@ from utils.checkpoint import load_checkpoint
 from utils.command import InputError
 from utils.config import TrainingConfig, make_config
 from utils.data import MemoryDataset
+from utils.distributed import World
 from utils.ema import ema_decay_at, update_ema
 from utils.metrics import MetricsLog
 from utils.randomness import ImageNoise, batch_indices, generator
 from utils.stages import Run, train_base, train_student
 from utils.training import (
+    Objective,
     Plan,
     Trainee,
-    base_losses,
+    base_objective,
     base_rate,
     decay_to_zero,
     make_optimizer,
-    student_losses,
+    own_rows,
+    student_objective,
     updates,
 )
 
 CPU = torch.device("cpu")
+ALONE = World(CPU)
 
 
 def digits(count=32, channels=1):
@@ -55,7 +59,7 @@ def make_trainee(config, seed=0):
     torch.manual_seed(seed)
     network = build_network(config, CPU)
     ema = copy.deepcopy(network).requires_grad_(False)
-    return Trainee(network, ema, make_optimizer(network))
+    return Trainee(network, network, ema, make_optimizer(network))
 
 
 # --- EMA ------------------------------------------------------------------------------------
@@ -134,8 +138,9 @@ def test_the_student_trains_at_every_step_and_at_t_1():
     from diffusion.gaussian import Denoiser
 
     denoiser = Denoiser(network, "v")
-    losses = student_losses(denoiser, denoiser, COSINE, 4, "snr_trunc")
-    losses(torch.zeros(256, 1, 2, 2), None, generator("cpu", 0))
+    objective = student_objective(denoiser, denoiser, COSINE, 4, "snr_trunc")
+    x = torch.zeros(256, 1, 2, 2)
+    objective.loss(x, None, *objective.draw(generator("cpu", 0), x.shape))
     t = torch.arange(1, 9, dtype=torch.float64) / 8
     expected = sorted(COSINE(t).float().tolist())
     assert sorted(seen) == pytest.approx(expected, abs=1e-4)
@@ -151,8 +156,9 @@ def test_base_times_are_continuous(stratified):
 
     from diffusion.gaussian import Denoiser
 
-    losses = base_losses(Denoiser(network, "v"), COSINE, "snr_plus_one", stratified)
-    losses(torch.zeros(4096, 1, 1, 1), None, generator("cpu", 0))
+    objective = base_objective(Denoiser(network, "v"), COSINE, "snr_plus_one", stratified)
+    x = torch.zeros(4096, 1, 1, 1)
+    objective.loss(x, None, *objective.draw(generator("cpu", 0), x.shape))
     logsnr = seen[0]
     assert len(logsnr.unique()) > 4000
     t = (torch.atan(torch.exp(-logsnr / 2)) / (torch.pi / 2)).sort().values
@@ -168,8 +174,8 @@ def test_training_lowers_the_loss_and_fills_the_average():
     trainee, plan = make_trainee(config), make_plan(updates=60, learning_rate=lambda u: 1e-2)
     images = digits()
     images.images.fill_(200)
-    losses = base_losses(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
-    history = [m.loss for m in updates(trainee, plan, images, losses)]
+    losses = base_objective(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+    history = [m.loss for m in updates(trainee, plan, images, losses, ALONE)]
     assert len(history) == trainee.update == 60
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
     pairs = zip(trainee.network.parameters(), trainee.ema.parameters(), strict=True)
@@ -181,9 +187,9 @@ def test_an_update_is_a_function_of_seed_stage_and_update():
     config = make_config(tiny(model={"dropout": 0.5}), "x")
 
     def run(trainee, last):
-        losses = base_losses(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+        losses = base_objective(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
         return list(
-            updates(trainee, make_plan(updates=last, horizontal_flip=True), digits(), losses)
+            updates(trainee, make_plan(updates=last, horizontal_flip=True), digits(), losses, ALONE)
         )
 
     whole, halves = make_trainee(config), make_trainee(config)
@@ -205,16 +211,22 @@ def test_an_update_is_a_function_of_seed_stage_and_update():
 def test_horizontal_flip_flips_half_of_the_images():
     seen = []
 
-    def losses(x, labels, rng):
+    def loss(x, labels):
         seen.append(x)
         return x.mean((1, 2, 3)) * parameter
+
+    losses = Objective(lambda rng, shape: (), loss)
 
     parameter = nn.Parameter(torch.ones(()))
     module = nn.ParameterList([parameter])
     one = MemoryDataset(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1), None)
     one.images[..., 0] = 255
-    trainee = Trainee(module, None, make_optimizer(module))
-    list(updates(trainee, make_plan(updates=1, batch_size=400, horizontal_flip=True), one, losses))
+    trainee = Trainee(module, module, None, make_optimizer(module))
+    list(
+        updates(
+            trainee, make_plan(updates=1, batch_size=400, horizontal_flip=True), one, losses, ALONE
+        )
+    )
     left, right = ((seen[0][:, 0, 0, column] == 1).sum().item() for column in (0, -1))
     assert left + right == 400
     assert 150 < left < 250
@@ -226,11 +238,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
     before = copy.deepcopy(trainee.network.state_dict())
     denoise = build_denoiser(config, trainee.network)
 
-    def losses(x, labels, rng):
-        return base_losses(denoise, COSINE, "snr")(x, labels, rng) * torch.inf
+    finite = base_objective(denoise, COSINE, "snr")
+    losses = Objective(finite.draw, lambda *inputs: finite.loss(*inputs) * torch.inf)
 
     with pytest.raises(InputError, match="stage 0, update 0: the gradient is not finite"):
-        list(updates(trainee, make_plan(), digits(), losses))
+        list(updates(trainee, make_plan(), digits(), losses, ALONE))
     after = trainee.network.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -245,11 +257,13 @@ def test_every_output_and_loss_trains_and_distils(weight, prediction, channels):
     denoiser = build_denoiser(config, trainee.network)
     teacher = build_denoiser(config, build_network(config, CPU))
     for losses in (
-        base_losses(denoiser, COSINE, weight),
-        student_losses(denoiser, teacher, COSINE, 4, weight),
+        base_objective(denoiser, COSINE, weight),
+        student_objective(denoiser, teacher, COSINE, 4, weight),
     ):
         trainee.update = 0
-        history = list(updates(trainee, make_plan(updates=2), digits(channels=channels), losses))
+        history = list(
+            updates(trainee, make_plan(updates=2), digits(channels=channels), losses, ALONE)
+        )
         assert all(math.isfinite(m.loss) and m.loss > 0 for m in history)
 
 
@@ -258,15 +272,15 @@ def test_every_output_and_loss_trains_and_distils(weight, prediction, channels):
 
 def test_a_student_has_no_dropout_and_no_average(tmp_path, monkeypatch):
     config = make_config(tiny(model={"dropout": 0.5}), "x")
-    run = Run(config, "x", tmp_path, CPU, digits())
+    run = Run(config, "x", tmp_path, ALONE, digits())
     teacher = load_checkpoint(train_base(run))
     built = []
 
     def spy(denoiser, *others):
         built.append(denoiser.network)
-        return student_losses(denoiser, *others)
+        return student_objective(denoiser, *others)
 
-    monkeypatch.setattr("utils.stages.student_losses", spy)
+    monkeypatch.setattr("utils.stages.student_objective", spy)
     student = train_student(run, teacher, 0)
     assert student.ema is None
     assert student.num_steps == 4
@@ -277,7 +291,7 @@ def test_a_student_has_no_dropout_and_no_average(tmp_path, monkeypatch):
 
 def test_a_student_starts_as_its_teachers_average(tmp_path, monkeypatch):
     config = make_config(tiny(), "x")
-    run = Run(config, "x", tmp_path, CPU, digits())
+    run = Run(config, "x", tmp_path, ALONE, digits())
     teacher = load_checkpoint(train_base(run))
     assert teacher.ema is not None
     started = []
@@ -304,3 +318,39 @@ def test_metrics_drop_what_will_be_done_again(tmp_path):
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(e["stage"], e["update"]) for e in entries] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert entries[-1]["loss"] == 0.5
+
+
+# --- several processes and steps of accumulation ----------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 64])
+@pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (1, 3), (2, 1), (4, 1), (2, 2)])
+def test_the_rows_of_all_processes_are_the_batch(batch_size, size, accumulate):
+    worlds = [World(CPU, rank, size) for rank in range(size)]
+    rows = [row for world in worlds for row in own_rows(batch_size, accumulate, world)]
+    assert len(rows) == size * accumulate
+    assert [n for row in rows for n in range(row.start, row.stop)] == list(range(batch_size))
+    assert all(row.stop > row.start for row in rows)
+
+
+def test_a_batch_too_small_to_be_shared_is_refused():
+    with pytest.raises(InputError, match="batch_size: 3 cannot be shared by 2 processes"):
+        own_rows(3, 2, World(CPU, 0, 2))
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
+    config = make_config(tiny(model={"dropout": 0.0}), "x")
+
+    def run(accumulate):
+        trainee = make_trainee(config)
+        objective = base_objective(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+        plan = make_plan(accumulate=accumulate, updates=3, horizontal_flip=True)
+        return trainee, list(updates(trainee, plan, digits(), objective, ALONE))
+
+    (whole, metrics), (parts, same) = run(1), run(accumulate)
+    for a, b in zip(metrics, same, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
+    for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,88 @@
+"""Several processes (torchrun): which one this is, and what all of them agree on.
+
+Without torchrun there is one process, and everything here costs nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+from utils.command import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of size processes, of which rank 0 writes, prints and draws; device: this one's."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def agree(self, value: int) -> int:
+        """Rank 0's value, for all."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        distributed.broadcast(tensor, 0)
+        return int(tensor)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            self.sum(torch.zeros(1, device=self.device))
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network, its gradients averaged over all processes."""
+        if self.size == 1:
+            return network
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+
+@contextmanager
+def join_world(device_name: str | None) -> Iterator[World]:
+    """This process among those that torchrun started, or alone, on the device asked for.
+
+    NCCL connects GPUs, gloo CPUs. Raises InputError for a device that is not there.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and device_name in (None, "cuda") and torch.cuda.is_available():
+        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        yield World(device)
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(device, rank, size)
+    finally:
+        distributed.destroy_process_group()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU where there is one, or the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: not a device of this machine; try cpu") from None
+    return device
