@@ -50,7 +50,7 @@ def sample(arguments: argparse.Namespace) -> None:
         load_weights(network, checkpoint.weights, path)
         request = SampleRequest.of(
             checkpoint,
-            build_denoiser(checkpoint.config, network),
+            build_denoiser(checkpoint.config, network, world.device),
             world,
             steps=arguments.steps,
             sampler=arguments.sampler,

@@ -26,14 +26,18 @@ NUM_IMAGES = 64  # over which a trajectory error is taken
 
 
 def ddim_images(
-    config: Config, denoiser: Denoiser, num_steps: int, indices: range, title: str
+    config: Config,
+    denoiser: Denoiser,
+    num_steps: int,
+    indices: range,
+    device: torch.device,
+    title: str,
 ) -> Tensor:
     """The images of these indices that DDIM makes in so many steps from the run's own noise.
 
     Not clipped. Their noise is a function of (config.seed, image index), so that every network of
     a run starts from the same. Returns float32 (N, C, H, W), on the CPU.
     """
-    device = next(denoiser.network.parameters()).device  # type: ignore[attr-defined]
     num_classes = config.model.num_classes
     images = sample_batch(
         denoiser,
@@ -73,11 +77,14 @@ class Trajectories:
         if key not in self.images:
             network = build_network(self.config, self.device).eval()
             load_weights(network, checkpoint.weights, self.path)
-            denoiser = build_denoiser(self.config, network)
+            denoiser = build_denoiser(self.config, network, self.device)
             count = max(NUM_IMAGES, self.config.sampling.grid)
             parts = [range(n, min(n + 64, count)) for n in range(0, count, 64)]
             self.images[key] = torch.cat(
-                [ddim_images(self.config, denoiser, num_steps, part, title) for part in parts]
+                [
+                    ddim_images(self.config, denoiser, num_steps, part, self.device, title)
+                    for part in parts
+                ]
             )
             with atomic_write(self.path) as file:
                 file.write(save(self.images))

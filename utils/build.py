@@ -12,6 +12,7 @@ from models.unet import UNet
 from utils.command import InputError
 from utils.config import Config
 from utils.data import Dataset, open_dataset
+from utils.engine import accelerated, allow_tf32
 
 
 def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
@@ -38,9 +39,11 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path)
         raise InputError(f"{where}: weights of another network: {first[0].strip()}") from None
 
 
-def build_denoiser(config: Config, network: nn.Module) -> Denoiser:
-    """The network with what its output means."""
-    return Denoiser(network, config.diffusion.prediction)
+def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> Denoiser:
+    """The network as config.engine has it called, with what its output means."""
+    allow_tf32(config.engine)
+    called = accelerated(network, config.engine, device)
+    return Denoiser(called, config.diffusion.prediction)
 
 
 def build_schedule(config: Config) -> Schedule:

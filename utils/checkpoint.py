@@ -27,7 +27,8 @@ class Checkpoint:
 
     kind: base or student. name: of the config. update, stage: how far it was trained. num_steps:
     the sampling steps it was made for, None for a base model. model: the weights being trained;
-    ema: their average, None where none is kept. optimizer: None in a file that is not trained on.
+    ema: their average, None where none is kept. optimizer: None in a file that is not trained on;
+    scaler: of the loss in fp16, empty otherwise.
     lineage: of a student, the digest of its teacher's weights.
     """
 
@@ -40,6 +41,7 @@ class Checkpoint:
     model: State
     ema: State | None = None
     optimizer: dict[str, Any] | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, str] = field(default_factory=dict)
 
     @property

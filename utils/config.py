@@ -191,6 +191,17 @@ class SamplingConfig(Section):
     grid: Annotated[int, Field(ge=1, le=4096)] = 64
 
 
+class EngineConfig(Section):
+    """How fast, not what. precision: of the networks (autocast); tf32: of float32 on GPUs.
+
+    compile: torch.compile, which pays on GPUs; on a CPU it costs a minute and gains little.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    tf32: bool = True
+
+
 class Config(Section):
     """A whole run."""
 
@@ -202,6 +213,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     distillation: DistillationConfig = DistillationConfig()
     sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":

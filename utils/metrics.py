@@ -1,6 +1,7 @@
 """Metrics as JSON lines, one object an update."""
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,8 +30,12 @@ class MetricsLog:
         self.file = path.open("a")
 
     def write(self, **values: Any) -> None:
-        """One line."""
-        self.file.write(json.dumps(values) + "\n")
+        """One line; JSON knows no NaN and no infinity, which become null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -91,7 +91,12 @@ def distillation_config(
         update={"root": given.data.root, "workers": given.data.workers}
     )
     return teacher.config.model_copy(
-        update={"distillation": given.distillation, "sampling": given.sampling, "data": data}
+        update={
+            "distillation": given.distillation,
+            "sampling": given.sampling,
+            "engine": given.engine,
+            "data": data,
+        }
     )
 
 

@@ -43,6 +43,11 @@ class Run:
         """One line an update."""
         return self.output / "metrics.jsonl"
 
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss in fp16, whose gradients would vanish; does nothing otherwise."""
+        fp16 = self.config.engine.precision == "fp16"
+        return torch.amp.GradScaler(self.world.device.type, enabled=fp16)
+
     def newest(self, paths: list[Path]) -> tuple[Path, Checkpoint] | None:
         """The first of the paths, in order, that is a whole checkpoint: the same for all."""
         found = newest_whole(paths) if self.world.leads else None
@@ -85,7 +90,7 @@ def train_base(run: Run) -> Path:
     network = build_network(config, run.world.device)
     ema = copy.deepcopy(network).requires_grad_(False).eval()
     optimizer = make_optimizer(network, training.weight_decay)
-    trainee = Trainee(network, run.world.wrap(network), ema, optimizer)
+    trainee = Trainee(network, run.world.wrap(network), ema, optimizer, run.scaler())
     newest = run.newest(numbered(run.output, "diffusion-"))
     if newest is not None:
         path, stored = newest
@@ -105,17 +110,20 @@ def train_base(run: Run) -> Path:
             model=network.state_dict(),
             ema=ema.state_dict(),
             optimizer=trainee.optimizer.state_dict(),
+            scaler=trainee.scaler.state_dict(),
         )
 
     def path_now() -> Path:
         return run.output / f"diffusion-{trainee.update}.pt"
 
     def draw() -> None:
-        request = SampleRequest.of(snapshot(), build_denoiser(config, ema), run.world)
+        request = SampleRequest.of(
+            snapshot(), build_denoiser(config, ema, run.world.device), run.world
+        )
         write_grid(path_now().with_suffix(".png"), request, config.sampling.grid)
 
     objective = base_objective(
-        build_denoiser(config, trainee.called),
+        build_denoiser(config, trainee.called, run.world.device),
         build_schedule(config),
         config.diffusion.loss_weight,
         stratified=training.times == "stratified",
@@ -160,7 +168,8 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     frozen = build_network(config, run.world.device, dropout=0.0).requires_grad_(False).eval()
     load_weights(network, student.model, final)
     load_weights(frozen, teacher.weights, final)
-    trainee = Trainee(network, run.world.wrap(network), None, make_optimizer(network))
+    optimizer = make_optimizer(network)
+    trainee = Trainee(network, run.world.wrap(network), None, optimizer, run.scaler())
     if newest is not None:
         _go_on(trainee, *newest)
 
@@ -170,15 +179,16 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     def save() -> None:
         if trainee.update < updates:
             path = run.output / f"{prefix}{trainee.update}.pt"
-            save_checkpoint(path, replace(snapshot(), optimizer=trainee.optimizer.state_dict()))
+            states = (trainee.optimizer.state_dict(), trainee.scaler.state_dict())
+            save_checkpoint(path, replace(snapshot(), optimizer=states[0], scaler=states[1]))
         else:
             save_checkpoint(final, snapshot())
             for path in numbered(run.output, prefix):
                 path.unlink()
 
     objective = student_objective(
-        build_denoiser(config, trainee.called),
-        build_denoiser(config, frozen),
+        build_denoiser(config, trainee.called, run.world.device),
+        build_denoiser(config, frozen, run.world.device),
         build_schedule(config),
         num_steps,
         distillation.loss_weight,
@@ -216,6 +226,8 @@ def _go_on(trainee: Trainee, path: Path, stored: Checkpoint) -> None:
     if trainee.ema is not None:
         load_weights(trainee.ema, stored.weights, path)
     trainee.optimizer.load_state_dict(stored.optimizer or {})
+    if stored.scaler and trainee.scaler.is_enabled():
+        trainee.scaler.load_state_dict(stored.scaler)
     trainee.update = stored.update
     say(f"going on from {path}")
 

@@ -16,7 +16,7 @@ from diffusion.distillation import distillation_loss
 from diffusion.gaussian import Denoise, Denoiser, conditioned
 from diffusion.losses import LOSS_WEIGHTS, denoising_loss
 from diffusion.schedule import Schedule, transition_levels
-from utils.command import InputError, Stopped, stop_requests
+from utils.command import InputError, Stopped, stop_requests, warn
 from utils.config import TrainingConfig
 from utils.data import Dataset
 from utils.distributed import World
@@ -26,6 +26,8 @@ from utils.metrics import MetricsLog
 from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
 
+SKIPS_IN_A_ROW = 20  # fp16 may begin with some, until its scale fits
+
 Drawn = tuple[Tensor, ...]
 
 
@@ -34,10 +36,12 @@ class Objective(NamedTuple):
 
     draw: (generator, shape of the images) -> all that is random, for the whole global batch, each
     tensor with a row an image. loss: (x, labels, *drawn) -> loss per example, of any rows of it.
+    logsnr: (*drawn) -> the noise level of each example.
     """
 
     draw: Callable[[torch.Generator, torch.Size], Drawn]
     loss: Callable[..., Tensor]
+    logsnr: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,16 @@ class Plan:
 
 @dataclass
 class Trainee:
-    """What changes while training. called: the network as the loss calls it, wrapped."""
+    """What changes while training.
+
+    called: the network as the loss calls it, wrapped. scaler: of the loss, for fp16; else idle.
+    """
 
     network: nn.Module
     called: nn.Module
     ema: nn.Module | None
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     update: int = 0
 
     def synchronised(self, now: bool) -> AbstractContextManager[Any]:
@@ -79,12 +87,17 @@ class Trainee:
 
 
 class Metrics(NamedTuple):
-    """Of one update. gradient_norm: before clipping. stop: some process was asked to stop."""
+    """Of one update.
+
+    gradient_norm: before clipping. skipped: it was not finite, so the weights are as they were.
+    stop: some process was asked to stop.
+    """
 
     update: int
     loss: float
     gradient_norm: float
     learning_rate: float
+    skipped: bool
     stop: bool
 
 
@@ -142,7 +155,7 @@ def base_objective(
     def loss(x: Tensor, labels: Tensor | None, eps: Tensor, t: Tensor) -> Tensor:
         return denoising_loss(_bound(denoiser, labels), x, eps, schedule(t), LOSS_WEIGHTS[weight])
 
-    return Objective(draw, loss)
+    return Objective(draw, loss, lambda eps, t: schedule(t))
 
 
 def student_objective(
@@ -163,7 +176,10 @@ def student_objective(
             _bound(student, labels), _bound(teacher, labels), x, eps, levels, LOSS_WEIGHTS[weight]
         )
 
-    return Objective(draw, loss)
+    def logsnr(eps: Tensor, i: Tensor) -> Tensor:
+        return transition_levels(schedule, num_steps, i, k=1)[0]
+
+    return Objective(draw, loss, logsnr)
 
 
 def _bound(denoiser: Denoiser, labels: Tensor | None) -> Denoise:
@@ -185,9 +201,8 @@ def updates(
 
     All that an update draws is a function of (seed, stage, update), drawn for the global batch of
     which each process, and each step of accumulation, takes its rows: the gradient is that of one
-    process and one step, up to rounding. Raises InputError, in all processes alike, where the
-    gradient is no finite number, before the weights are touched; for a batch with fewer images
-    than there are processes and steps.
+    process and one step, up to rounding. An update whose gradient is no finite number is skipped,
+    in all processes alike; SKIPS_IN_A_ROW of them raise InputError.
     """
     parameters = list(trainee.network.parameters())
     rows = own_rows(plan.batch_size, plan.accumulate, world)
@@ -197,6 +212,7 @@ def updates(
         for update in range(trainee.update, plan.updates)
     )
     limit = math.inf if plan.gradient_clip is None else plan.gradient_clip
+    skips = 0
     trainee.network.train()
     for images, labels in dataset.batches(index_batches):
         update, rate = trainee.update, plan.learning_rate(trainee.update)
@@ -217,25 +233,41 @@ def updates(
             with trainee.synchronised(row is rows[-1]):
                 per_example = objective.loss(x, label, *(tensor[row] for tensor in drawn))
                 share = per_example.sum() / plan.batch_size
-                (share * world.size).backward()  # as gradients are averaged over the processes
+                # times the size, as gradients are averaged over the processes
+                trainee.scaler.scale(share * world.size).backward()
             loss += share.detach()
+        trainee.scaler.unscale_(trainee.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         stop = torch.tensor(float(stop_requested()), device=world.device)
         # The one time an update waits for the device.
         sums = world.sum(torch.stack([loss, stop, norm / world.size])).tolist()
         loss_value, stops, norm_value = sums
-        if not math.isfinite(norm_value):
-            raise InputError(
-                f"stage {plan.stage}, update {update}: the gradient is not finite; "
-                "lower the learning rate, or take the loss weight snr_trunc or snr_plus_one"
-            )
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = rate
-        trainee.optimizer.step()
-        if trainee.ema is not None and plan.ema_decay is not None:
-            update_ema(trainee.ema, trainee.network, ema_decay_at(plan.ema_decay, update))
+        finite = math.isfinite(norm_value)
+        if finite:
+            skips = 0
+            for group in trainee.optimizer.param_groups:
+                group["lr"] = rate
+            trainee.scaler.step(trainee.optimizer)
+            if trainee.ema is not None and plan.ema_decay is not None:
+                update_ema(trainee.ema, trainee.network, ema_decay_at(plan.ema_decay, update))
+        else:
+            skips += 1
+            _explain_skip(plan, update, skips, objective.logsnr(*drawn))
+        trainee.scaler.update()
         trainee.update = update + 1
-        yield Metrics(trainee.update, loss_value, norm_value, rate, stops > 0)
+        yield Metrics(trainee.update, loss_value, norm_value, rate, not finite, stops > 0)
+
+
+def _explain_skip(plan: Plan, update: int, skips: int, logsnr: Tensor) -> None:
+    """Warns of a skipped update, or ends the run where they will not end."""
+    where = f"stage {plan.stage}, update {update}: the gradient is not finite"
+    if skips >= SKIPS_IN_A_ROW:
+        raise InputError(
+            f"{where}, for the {skips}th time in a row; lower the learning rate, or take the loss "
+            "weight snr_trunc or snr_plus_one, or precision fp32"
+        )
+    low, high = logsnr.min().item(), logsnr.max().item()
+    warn(f"{where}; skipped (logsnr between {low:.1f} and {high:.1f})")
 
 
 def own_rows(batch_size: int, accumulate: int, world: World) -> list[slice]:

@@ -59,7 +59,8 @@ def make_trainee(config, seed=0):
     torch.manual_seed(seed)
     network = build_network(config, CPU)
     ema = copy.deepcopy(network).requires_grad_(False)
-    return Trainee(network, network, ema, make_optimizer(network))
+    scaler = torch.amp.GradScaler("cpu", enabled=config.engine.precision == "fp16")
+    return Trainee(network, network, ema, make_optimizer(network), scaler)
 
 
 # --- EMA ------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_training_lowers_the_loss_and_fills_the_average():
     trainee, plan = make_trainee(config), make_plan(updates=60, learning_rate=lambda u: 1e-2)
     images = digits()
     images.images.fill_(200)
-    losses = base_objective(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+    losses = base_objective(build_denoiser(config, trainee.network, CPU), COSINE, "snr_plus_one")
     history = [m.loss for m in updates(trainee, plan, images, losses, ALONE)]
     assert len(history) == trainee.update == 60
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
@@ -187,7 +188,9 @@ def test_an_update_is_a_function_of_seed_stage_and_update():
     config = make_config(tiny(model={"dropout": 0.5}), "x")
 
     def run(trainee, last):
-        losses = base_objective(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+        losses = base_objective(
+            build_denoiser(config, trainee.network, CPU), COSINE, "snr_plus_one"
+        )
         return list(
             updates(trainee, make_plan(updates=last, horizontal_flip=True), digits(), losses, ALONE)
         )
@@ -215,13 +218,15 @@ def test_horizontal_flip_flips_half_of_the_images():
         seen.append(x)
         return x.mean((1, 2, 3)) * parameter
 
-    losses = Objective(lambda rng, shape: (), loss)
+    losses = Objective(lambda rng, shape: (), loss, lambda: torch.zeros(1))
 
     parameter = nn.Parameter(torch.ones(()))
     module = nn.ParameterList([parameter])
     one = MemoryDataset(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1), None)
     one.images[..., 0] = 255
-    trainee = Trainee(module, module, None, make_optimizer(module))
+    trainee = Trainee(
+        module, module, None, make_optimizer(module), torch.amp.GradScaler("cpu", enabled=False)
+    )
     list(
         updates(
             trainee, make_plan(updates=1, batch_size=400, horizontal_flip=True), one, losses, ALONE
@@ -232,17 +237,27 @@ def test_horizontal_flip_flips_half_of_the_images():
     assert 150 < left < 250
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+@pytest.mark.parametrize("lasting", [False, True])
+def test_an_update_whose_gradient_is_not_finite_is_skipped(lasting, capsys):
     config = make_config(tiny(), "x")
     trainee = make_trainee(config)
     before = copy.deepcopy(trainee.network.state_dict())
-    denoise = build_denoiser(config, trainee.network)
+    fine = base_objective(build_denoiser(config, trainee.network, CPU), COSINE, "snr_trunc")
 
-    finite = base_objective(denoise, COSINE, "snr")
-    losses = Objective(finite.draw, lambda *inputs: finite.loss(*inputs) * torch.inf)
+    def loss(*inputs):
+        return fine.loss(*inputs) * (torch.inf if lasting or trainee.update == 1 else 1.0)
 
-    with pytest.raises(InputError, match="stage 0, update 0: the gradient is not finite"):
-        list(updates(trainee, make_plan(), digits(), losses, ALONE))
+    objective = Objective(fine.draw, loss, fine.logsnr)
+    steps = updates(trainee, make_plan(updates=50), digits(), objective, ALONE)
+    if not lasting:
+        metrics = [next(steps) for _ in range(3)]
+        assert [m.skipped for m in metrics] == [False, True, False]
+        assert all(p.isfinite().all() for p in trainee.network.parameters())
+        said = capsys.readouterr().err
+        assert "stage 0, update 1: the gradient is not finite; skipped (logsnr between" in said
+        return
+    with pytest.raises(InputError, match="for the 20th time in a row; lower the learning rate"):
+        list(steps)
     after = trainee.network.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -254,8 +269,8 @@ def test_every_output_and_loss_trains_and_distils(weight, prediction, channels):
     values = tiny(data={"channels": channels}, diffusion={"prediction": prediction})
     config = make_config(values, "x")
     trainee = make_trainee(config)
-    denoiser = build_denoiser(config, trainee.network)
-    teacher = build_denoiser(config, build_network(config, CPU))
+    denoiser = build_denoiser(config, trainee.network, CPU)
+    teacher = build_denoiser(config, build_network(config, CPU), CPU)
     for losses in (
         base_objective(denoiser, COSINE, weight),
         student_objective(denoiser, teacher, COSINE, 4, weight),
@@ -344,7 +359,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
 
     def run(accumulate):
         trainee = make_trainee(config)
-        objective = base_objective(build_denoiser(config, trainee.network), COSINE, "snr_plus_one")
+        objective = base_objective(
+            build_denoiser(config, trainee.network, CPU), COSINE, "snr_plus_one"
+        )
         plan = make_plan(accumulate=accumulate, updates=3, horizontal_flip=True)
         return trainee, list(updates(trainee, plan, digits(), objective, ALONE))
 
@@ -354,3 +371,37 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
     for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_trains_and_keeps_the_loss_in_float32(precision):
+    config = make_config(tiny(engine={"precision": precision}, model={"dropout": 0.0}), "x")
+    full = make_config(tiny(model={"dropout": 0.0}), "x")
+
+    def run(config):
+        trainee = make_trainee(config)
+        seen = []
+        trainee.network.register_forward_hook(lambda *inputs: seen.append(inputs[2].dtype))
+        denoiser = build_denoiser(config, trainee.network, CPU)
+        prediction = denoiser(torch.zeros(1, 1, 32, 32), torch.zeros(1))
+        assert prediction.x.dtype == torch.float32
+        objective = base_objective(denoiser, COSINE, "snr_plus_one")
+        history = list(updates(trainee, make_plan(updates=6), digits(), objective, ALONE))
+        assert all(p.dtype == torch.float32 for p in trainee.network.parameters())
+        return seen[0], [m.loss for m in history]
+
+    dtype, losses = run(config)
+    assert dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert losses == pytest.approx(run(full)[1], rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_compiled_update_is_the_eager_one():
+    def run(compile):
+        config = make_config(tiny(engine={"compile": compile}, model={"dropout": 0.0}), "x")
+        trainee = make_trainee(config)
+        denoiser = build_denoiser(config, trainee.network, CPU)
+        objective = base_objective(denoiser, COSINE, "snr_plus_one")
+        return [m.loss for m in updates(trainee, make_plan(), digits(), objective, ALONE)]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-3)
