@@ -40,7 +40,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

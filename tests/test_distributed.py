@@ -15,6 +15,7 @@ from tests.toys import tiny
 from utils.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("torchrun")  # what they share is made once
 
 
 def launch(processes, *arguments):
