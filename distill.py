@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Goes down the ladder, stage by stage, from where an earlier run stopped if there is one."""
+    from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
     from utils.build import build_dataset
     from utils.checkpoint import load_checkpoint
@@ -68,9 +69,10 @@ def distill(arguments: argparse.Namespace) -> None:
                 report.add(teacher)
         if report is not None:
             report.finish()
+            draw_loss_curve(output)
     say(
         f"\ndistilled to {teacher.num_steps} steps: {output}/student-*.pt; the table in "
-        f"{output}/ladder.md, the pictures comparison.png and ladder.png beside it\n"
+        f"{output}/ladder.md, comparison.png, ladder.png and loss.png beside it\n"
         f"next: python sample.py --checkpoint {output}/student-{teacher.num_steps}.pt"
     )
 

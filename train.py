@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains the base model to the end of its plan, from its newest checkpoint if there is one."""
+    from evaluation.curves import draw_loss_curve
     from utils.build import build_dataset
     from utils.config import load_config
     from utils.distributed import join_world
@@ -39,8 +40,11 @@ def train(arguments: argparse.Namespace) -> None:
             delete_run(output, ["diffusion-*.pt", "diffusion-*.png", "metrics.jsonl"])
         world.wait()
         checkpoint = train_base(Run(config, name, output, world, dataset))
+        if world.leads:
+            draw_loss_curve(output)
     say(
-        f"trained: {checkpoint}, its samples in {checkpoint.with_suffix('.png')}\n"
+        f"trained: {checkpoint}, its samples in {checkpoint.with_suffix('.png')}, "
+        f"the loss in {output / 'loss.png'}\n"
         f"next: python distill.py --config_path {arguments.config_path} "
         f"--teacher_model_checkpoint {checkpoint}"
     )

@@ -68,6 +68,8 @@ def test_the_metrics_are_those_of_the_global_batch(runs):
         )
         assert len(one) == len(two)
         for a, b in zip(one, two, strict=True):
+            if "loss" not in a:
+                continue
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
             assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
 

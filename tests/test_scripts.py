@@ -69,15 +69,22 @@ def test_training_writes_checkpoints_grids_and_metrics(workshop):
         "diffusion-2.pt",
         "diffusion-4.png",
         "diffusion-4.pt",
+        "loss.png",
         "metrics.jsonl",
+        "tensorboard",
     ]
     checkpoint = load_checkpoint(workshop["teacher"])
     assert (checkpoint.kind, checkpoint.update, checkpoint.num_steps) == ("base", 4, None)
     assert checkpoint.ema is not None
     lines = (workshop["base"] / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
-    assert [e["update"] for e in entries] == [1, 2, 3, 4]
-    assert {"loss", "gradient_norm", "learning_rate", "images_per_second"} <= entries[0].keys()
+    updates = [e for e in entries if "loss" in e]
+    assert [e["update"] for e in updates] == [1, 2, 3, 4]
+    assert {"gradient_norm", "learning_rate", "images_per_second"} <= updates[0].keys()
+    assert any(key.startswith("loss_logsnr_") for key in updates[1])
+    samples = [e for e in entries if "samples_mean" in e]
+    assert [e["update"] for e in samples] == [2, 4]
+    assert {"samples_variance", "samples_clipped"} <= samples[0].keys()
     assert Image.open(workshop["base"] / "diffusion-4.png").size == (2 * (3 * 34 - 2),) * 2
 
 
@@ -86,7 +93,7 @@ def test_a_two_stage_ladder(workshop):
     assert names == {
         *(f"student-{n}.{suffix}" for n in (4, 2) for suffix in ("pt", "png")),
         *("ladder.md", "ladder.json", "ladder.png", "comparison.png"),
-        *("metrics.jsonl", "images.safetensors"),
+        *("metrics.jsonl", "images.safetensors", "tensorboard", "loss.png"),
     }
     base = load_checkpoint(workshop["teacher"])
     first, second = (load_checkpoint(workshop["ladder"] / f"student-{n}.pt") for n in (4, 2))

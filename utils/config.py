@@ -116,6 +116,7 @@ class TrainingConfig(Section):
 
     learning_rate_decay: constant after the warm-up, or linear to 0. times: uniform in [0, 1], or
     stratified: one in each of batch_size equal parts of it, which makes the gradient less noisy.
+    keep_checkpoints: how many of the newest stay, null for all; multiples of milestone_every do.
     """
 
     updates: Count = 10_000
@@ -129,6 +130,8 @@ class TrainingConfig(Section):
     gradient_clip: Positive | None = 1.0
     accumulate: Count = 1
     checkpoint_every: Count = 1000
+    keep_checkpoints: Annotated[int, Field(ge=2, le=2**31)] | None = None
+    milestone_every: Count | None = None
 
 
 class DistillationConfig(Section):

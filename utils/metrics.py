@@ -1,23 +1,33 @@
-"""Metrics as JSON lines, one object an update."""
+"""What a run tells of itself: JSON lines for programs, TensorBoard for people."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from utils.files import write_text
+
+BIN_EDGES = tuple(range(-20, 21, 4))  # of the logsnr bins that losses are averaged in
+BINNED_EVERY = 100  # updates
 
 
 class MetricsLog:
-    """Appends to a file of JSON lines; begins by dropping what a resumed run will do again.
+    """metrics.jsonl and tensorboard/ in a run's folder.
 
-    stage, update: where the run goes on; lines of that stage from that update on, and of later
-    stages, are dropped, as is a last line that a kill left half written.
+    Begins by dropping what a resumed run will do again: lines of the stage after the update where
+    it goes on, those of later stages, and a last line that a kill left half written.
     """
 
-    def __init__(self, path: Path, stage: int, update: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, stage: int, update: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes its time to import
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             entries = [(json.loads(line), line) for line in lines]
@@ -28,14 +38,31 @@ class MetricsLog:
             ]
             write_text(path, "".join(kept))
         self.file = path.open("a")
+        self.board = SummaryWriter(
+            str(folder / "tensorboard" / f"stage-{stage}"), purge_step=update
+        )
 
-    def write(self, **values: Any) -> None:
-        """One line; JSON knows no NaN and no infinity, which become null."""
+    def write(self, update: int, values: Mapping[str, Any], **where: Any) -> None:
+        """One line, of which every number is a curve; where: what else the line says."""
+        # JSON knows no NaN and no infinity: they become null
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = {**where, "update": update, **finite}
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        for key, value in finite.items():
+            if value is not None:
+                self.board.add_scalar(key, value, update)
+
+    def picture(self, name: str, image: Tensor, update: int) -> None:
+        """A uint8 image (C, H, W) for TensorBoard."""
+        self.board.add_image(name, image, update)
+
+    def flush(self) -> None:
+        """Everything written so far is in the files."""
+        self.file.flush()
+        self.board.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -47,3 +74,38 @@ class MetricsLog:
         traceback: TracebackType | None,
     ) -> None:
         self.file.close()
+        self.board.close()
+
+
+class LossBins:
+    """The mean loss by noise level, gathered on the device and read now and then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.edges = torch.tensor(BIN_EDGES, dtype=torch.float32, device=device)
+        self.totals = torch.zeros(2, len(BIN_EDGES) - 1, device=device)
+
+    def add(self, losses: Tensor, logsnr: Tensor) -> None:
+        """losses, logsnr: of the same examples, (B,)."""
+        bins = torch.bucketize(logsnr.float(), self.edges[1:-1])
+        self.totals[0].index_add_(0, bins, losses.detach().float())
+        self.totals[1].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, by the lower edge of the bin; none of empty bins."""
+        sums, counts = self.totals.tolist()
+        self.totals.zero_()
+        return {
+            f"loss_logsnr_{edge}": total / count
+            for edge, total, count in zip(BIN_EDGES[:-1], sums, counts, strict=True)
+            if count
+        }
+
+
+def sample_statistics(images: Tensor) -> dict[str, float]:
+    """Mean, variance and share of clipped pixels of uint8 images, in the model's range."""
+    x = images.float() / 127.5 - 1.0
+    return {
+        "samples_mean": x.mean().item(),
+        "samples_variance": x.var().item(),
+        "samples_clipped": ((images == 0) | (images == 255)).float().mean().item(),
+    }

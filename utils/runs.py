@@ -12,6 +12,8 @@ FREE_KEYS = {
     "data.root",
     "data.workers",
     "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.milestone_every",
     "distillation.checkpoint_every",
 }
 
@@ -24,6 +26,14 @@ def numbered(folder: Path, prefix: str) -> list[Path]:
         if (number := path.stem.removeprefix(prefix)).isdecimal()
     ]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def prune(folder: Path, prefix: str, keep: int | None, milestone_every: int | None) -> None:
+    """Deletes all but the newest numbered checkpoints, and the milestones; keep None: none is."""
+    for path in numbered(folder, prefix)[keep:] if keep is not None else []:
+        number = int(path.stem.removeprefix(prefix))
+        if milestone_every is None or number % milestone_every:
+            path.unlink()
 
 
 def newest_whole(paths: Sequence[Path]) -> tuple[Path, Checkpoint] | None:

@@ -142,6 +142,11 @@ class SampleRequest:
         )
         return decode(x).cpu()
 
+    def draw_all(self, count: int) -> Tensor:
+        """The first images, a batch at a time, in this process alone."""
+        starts = range(0, count, self.batch_size)
+        return torch.cat([self.draw(range(s, min(count, s + self.batch_size))) for s in starts])
+
     def batches(self, count: int) -> Iterator[tuple[range, Tensor]]:
         """This process's share of the first images, a batch at a time, with a bar."""
         step = self.batch_size * self.world.size
@@ -180,11 +185,7 @@ def write_grid(
     if not request.world.leads:
         return []
     if not trajectory:
-        images = [
-            request.draw(range(s, min(count, s + request.batch_size)))
-            for s in range(0, count, request.batch_size)
-        ]
-        save_png(path, make_grid(torch.cat(images)), scale=2)
+        save_png(path, make_grid(request.draw_all(count)), scale=2)
         return [path]
     frames: list[Tensor] = []
     strip: list[Tensor] = []

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.build import build_denoiser, build_network, build_schedule, load_weights
 from utils.checkpoint import Checkpoint, digest, load_checkpoint, save_checkpoint
@@ -14,8 +15,9 @@ from utils.command import InputError, say
 from utils.config import Config
 from utils.data import Dataset
 from utils.distributed import World
-from utils.runs import newest_whole, numbered, require_same_run
-from utils.sampling import SampleRequest, write_grid
+from utils.images import make_grid, save_png
+from utils.runs import newest_whole, numbered, prune, require_same_run
+from utils.sampling import SampleRequest
 from utils.training import (
     Plan,
     Trainee,
@@ -38,11 +40,6 @@ class Run:
     world: World
     dataset: Dataset
 
-    @property
-    def metrics_path(self) -> Path:
-        """One line an update."""
-        return self.output / "metrics.jsonl"
-
     def scaler(self) -> torch.amp.GradScaler:
         """Scales the loss in fp16, whose gradients would vanish; does nothing otherwise."""
         fp16 = self.config.engine.precision == "fp16"
@@ -61,6 +58,8 @@ class Run:
         stage: int,
         updates: int,
         learning_rate: Callable[[int], float],
+        *,
+        updates_after: int = 0,
         ema_decay: float | None = None,
     ) -> Plan:
         """How a stage is trained: stage 0 as config.training says, others as distillation does."""
@@ -74,6 +73,7 @@ class Run:
             gradient_clip=recipe.gradient_clip,
             checkpoint_every=recipe.checkpoint_every,
             accumulate=recipe.accumulate,
+            updates_after=updates_after,
             ema_decay=ema_decay,
             horizontal_flip=self.config.data.horizontal_flip,
             conditional=self.config.model.num_classes is not None,
@@ -116,11 +116,16 @@ def train_base(run: Run) -> Path:
     def path_now() -> Path:
         return run.output / f"diffusion-{trainee.update}.pt"
 
-    def draw() -> None:
-        request = SampleRequest.of(
-            snapshot(), build_denoiser(config, ema, run.world.device), run.world
-        )
-        write_grid(path_now().with_suffix(".png"), request, config.sampling.grid)
+    def draw() -> Tensor:
+        denoiser = build_denoiser(config, ema, run.world.device)
+        request = SampleRequest.of(snapshot(), denoiser, run.world)
+        images = request.draw_all(config.sampling.grid)
+        save_png(path_now().with_suffix(".png"), make_grid(images), scale=2)
+        return images
+
+    def save() -> None:
+        save_checkpoint(path_now(), snapshot())
+        prune(run.output, "diffusion-", training.keep_checkpoints, training.milestone_every)
 
     objective = base_objective(
         build_denoiser(config, trainee.called, run.world.device),
@@ -130,12 +135,12 @@ def train_base(run: Run) -> Path:
     )
     run_stage(
         trainee,
-        run.plan(0, training.updates, base_rate(training), training.ema_decay),
+        run.plan(0, training.updates, base_rate(training), ema_decay=training.ema_decay),
         run.dataset,
         objective,
         run.world,
-        metrics_path=run.metrics_path,
-        save=lambda: save_checkpoint(path_now(), snapshot()),
+        folder=run.output,
+        save=save,
         draw=draw,
         title=run.name,
     )
@@ -195,11 +200,19 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     )
     run_stage(
         trainee,
-        run.plan(student.stage, updates, partial(decay_to_zero, rate, updates)),
+        run.plan(
+            student.stage,
+            updates,
+            partial(decay_to_zero, rate, updates),
+            updates_after=sum(
+                distillation.stage(later)[0]
+                for later in range(position + 1, distillation.iterations)
+            ),
+        ),
         run.dataset,
         objective,
         run.world,
-        metrics_path=run.metrics_path,
+        folder=run.output,
         save=save,
         title=f"student {num_steps}",
         num_steps=num_steps,

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ from utils.config import TrainingConfig
 from utils.data import Dataset
 from utils.distributed import World
 from utils.ema import ema_decay_at, update_ema
-from utils.images import encode
-from utils.metrics import MetricsLog
+from utils.images import encode, make_grid
+from utils.metrics import BINNED_EVERY, LossBins, MetricsLog, sample_statistics
 from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
 
@@ -49,7 +48,7 @@ class Plan:
     """How a stage is trained.
 
     batch_size: of all processes and steps of accumulation together. learning_rate: update -> rate.
-    ema_decay None: no average is kept.
+    updates_after: of the stages to come, for the time left. ema_decay None: no average is kept.
     """
 
     seed: int
@@ -60,6 +59,7 @@ class Plan:
     gradient_clip: float | None
     checkpoint_every: int
     accumulate: int = 1
+    updates_after: int = 0
     ema_decay: float | None = None
     horizontal_flip: bool = False
     conditional: bool = False
@@ -90,7 +90,7 @@ class Metrics(NamedTuple):
     """Of one update.
 
     gradient_norm: before clipping. skipped: it was not finite, so the weights are as they were.
-    stop: some process was asked to stop.
+    stop: some process was asked to stop. losses, logsnr: of this process's examples, on the device.
     """
 
     update: int
@@ -99,6 +99,8 @@ class Metrics(NamedTuple):
     learning_rate: float
     skipped: bool
     stop: bool
+    losses: Tensor
+    logsnr: Tensor
 
 
 def make_optimizer(network: nn.Module, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -205,43 +207,25 @@ def updates(
     in all processes alike; SKIPS_IN_A_ROW of them raise InputError.
     """
     parameters = list(trainee.network.parameters())
+    limit = math.inf if plan.gradient_clip is None else plan.gradient_clip
     rows = own_rows(plan.batch_size, plan.accumulate, world)
     own = slice(rows[0].start, rows[-1].stop)
     index_batches = (
         batch_indices(dataset.num_images, plan.batch_size, plan.seed, plan.stage, update)[own]
         for update in range(trainee.update, plan.updates)
     )
-    limit = math.inf if plan.gradient_clip is None else plan.gradient_clip
     skips = 0
     trainee.network.train()
     for images, labels in dataset.batches(index_batches):
         update, rate = trainee.update, plan.learning_rate(trainee.update)
-        rng = generator(world.device, plan.seed, plan.stage, update)
-        drawn = objective.draw(rng, torch.Size([plan.batch_size, *images.shape[1:]]))
-        flip = torch.rand(plan.batch_size, 1, 1, 1, generator=rng, device=world.device) < 0.5
-        # Dropout knows no generator: its own numbers for each process.
-        torch.manual_seed(generator("cpu", rng.initial_seed(), world.rank).initial_seed())
-
-        trainee.optimizer.zero_grad()
-        loss = torch.zeros((), device=world.device)
-        for row in rows:
-            local = slice(row.start - own.start, row.stop - own.start)
-            x = encode(images[local])
-            if plan.horizontal_flip:
-                x = torch.where(flip[row], x.flip(-1), x)
-            label = labels[local] if plan.conditional and labels is not None else None
-            with trainee.synchronised(row is rows[-1]):
-                per_example = objective.loss(x, label, *(tensor[row] for tensor in drawn))
-                share = per_example.sum() / plan.batch_size
-                # times the size, as gradients are averaged over the processes
-                trainee.scaler.scale(share * world.size).backward()
-            loss += share.detach()
+        label = labels if plan.conditional else None
+        losses, logsnr = backward(trainee, plan, objective, world, images, label)
         trainee.scaler.unscale_(trainee.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         stop = torch.tensor(float(stop_requested()), device=world.device)
         # The one time an update waits for the device.
-        sums = world.sum(torch.stack([loss, stop, norm / world.size])).tolist()
-        loss_value, stops, norm_value = sums
+        reduced = torch.stack([losses.sum() / plan.batch_size, stop, norm / world.size])
+        loss_value, stops, norm_value = world.sum(reduced).tolist()
         finite = math.isfinite(norm_value)
         if finite:
             skips = 0
@@ -252,10 +236,57 @@ def updates(
                 update_ema(trainee.ema, trainee.network, ema_decay_at(plan.ema_decay, update))
         else:
             skips += 1
-            _explain_skip(plan, update, skips, objective.logsnr(*drawn))
+            _explain_skip(plan, update, skips, logsnr)
         trainee.scaler.update()
         trainee.update = update + 1
-        yield Metrics(trainee.update, loss_value, norm_value, rate, not finite, stops > 0)
+        yield Metrics(
+            update=trainee.update,
+            loss=loss_value,
+            gradient_norm=norm_value,
+            learning_rate=rate,
+            skipped=not finite,
+            stop=stops > 0,
+            losses=losses,
+            logsnr=logsnr,
+        )
+
+
+def backward(
+    trainee: Trainee,
+    plan: Plan,
+    objective: Objective,
+    world: World,
+    images: Tensor,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Puts the gradient of the global batch's mean loss where the optimiser looks for it.
+
+    images, labels: this process's rows. Returns their losses and noise levels, (B,) each.
+    """
+    rows = own_rows(plan.batch_size, plan.accumulate, world)
+    first = rows[0].start
+    rng = generator(world.device, plan.seed, plan.stage, trainee.update)
+    drawn = objective.draw(rng, torch.Size([plan.batch_size, *images.shape[1:]]))
+    flip = torch.rand(plan.batch_size, 1, 1, 1, generator=rng, device=world.device) < 0.5
+    # Dropout knows no generator: its own numbers for each process.
+    torch.manual_seed(generator("cpu", rng.initial_seed(), world.rank).initial_seed())
+
+    trainee.optimizer.zero_grad()
+    losses = []
+    for row in rows:
+        local = slice(row.start - first, row.stop - first)
+        x = encode(images[local])
+        if plan.horizontal_flip:
+            x = torch.where(flip[row], x.flip(-1), x)
+        label = None if labels is None else labels[local]
+        with trainee.synchronised(row is rows[-1]):
+            loss = objective.loss(x, label, *(tensor[row] for tensor in drawn))
+            # times the size, as gradients are averaged over the processes
+            share = loss.sum() / plan.batch_size * world.size
+            trainee.scaler.scale(share).backward()
+        losses.append(loss.detach())
+    own = slice(first, rows[-1].stop)
+    return torch.cat(losses), objective.logsnr(*drawn)[own]
 
 
 def _explain_skip(plan: Plan, update: int, skips: int, logsnr: Tensor) -> None:
@@ -290,58 +321,81 @@ def run_stage(
     objective: Objective,
     world: World,
     *,
-    metrics_path: Path,
+    folder: Path,
     save: Callable[[], None],
-    draw: Callable[[], None] | None = None,
+    draw: Callable[[], Tensor] | None = None,
     title: str,
     **noted: Any,
 ) -> None:
     """Trains the stage to its end with a progress bar, metrics and checkpoints on the way.
 
-    save is called, then draw, after every plan.checkpoint_every updates and after the last one, by
-    the process that writes. When a process is asked to stop, save is called and Stopped raised in
-    all. noted: goes into every line of the metrics.
+    save is called, then draw, which writes and returns a picture's images, after every
+    plan.checkpoint_every updates and after the last one, by the process that writes. When a process
+    is asked to stop, save is called and Stopped raised in all. folder: of metrics.jsonl and
+    tensorboard/; noted: goes into every line of the metrics.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
-        report = _nothing
+        monitor = None
         if world.leads:
-            log = stack.enter_context(MetricsLog(metrics_path, plan.stage, trainee.update))
+            log = stack.enter_context(MetricsLog(folder, plan.stage, trainee.update))
             bar = stack.enter_context(progress_bar(plan.updates, title, "update", trainee.update))
-            report = partial(_report, log, bar, stage=plan.stage, **noted)
-        start = time.perf_counter()
+            monitor = Monitor(log, bar, plan, world.device, noted)
         steps = updates(trainee, plan, dataset, objective, world, lambda: stop.requested)
         for metrics in steps:
-            now = time.perf_counter()
-            report(metrics, images_per_second=plan.batch_size / (now - start))
-            start = now
             due = trainee.update == plan.updates or trainee.update % plan.checkpoint_every == 0
-            if world.leads and (due or metrics.stop):
-                log.file.flush()
-                save()
+            if monitor is not None:
+                monitor.after(metrics)
+                if due or metrics.stop:
+                    monitor.log.flush()
+                    save()
             if metrics.stop:
                 raise Stopped(
                     f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
                     "run the same command again to go on"
                 )
-            if due and world.leads and draw is not None:
-                draw()
-                start = time.perf_counter()
+            if due and monitor is not None and draw is not None:
+                monitor.show(draw(), trainee.update)
 
 
-def _nothing(metrics: Metrics, images_per_second: float) -> None:
-    pass
+class Monitor:
+    """What an update is told of: a line of metrics, a tick of the bar, the losses' bins."""
 
+    def __init__(
+        self, log: MetricsLog, bar: Any, plan: Plan, device: torch.device, noted: dict[str, Any]
+    ) -> None:
+        self.log, self.bar, self.plan = log, bar, plan
+        self.where = {"stage": plan.stage, **noted}
+        self.bins = LossBins(device)
+        self.last = time.perf_counter()
 
-def _report(
-    log: MetricsLog, bar: Any, metrics: Metrics, images_per_second: float, **noted: Any
-) -> None:
-    """One line of metrics, one tick of the bar."""
-    values = {key: value for key, value in metrics._asdict().items() if key != "stop"}
-    log.write(**noted, **values, images_per_second=round(images_per_second, 1))
-    bar.set_postfix_str(
-        f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, "
-        f"{images_per_second:.0f} images/s",
-        refresh=False,
-    )
-    bar.update()
+    def after(self, metrics: Metrics) -> None:
+        """Notes one update."""
+        now = time.perf_counter()
+        speed, self.last = self.plan.batch_size / (now - self.last), now
+        values = {
+            "loss": metrics.loss,
+            "gradient_norm": metrics.gradient_norm,
+            "learning_rate": metrics.learning_rate,
+            "skipped": metrics.skipped,
+            "images_per_second": round(speed, 1),
+        }
+        if not metrics.skipped:
+            self.bins.add(metrics.losses, metrics.logsnr)
+        every, last = (BINNED_EVERY, self.plan.checkpoint_every), self.plan.updates
+        if metrics.update == last or any(metrics.update % n == 0 for n in every):
+            values |= self.bins.read()  # before a save too, as a resumed run begins with none
+        self.log.write(metrics.update, values, **self.where)
+        text = f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, {speed:.0f} images/s"
+        rate = self.bar.format_dict["rate"]
+        if self.plan.updates_after and rate:
+            left = self.plan.updates - metrics.update + self.plan.updates_after
+            text += f", whole ladder {self.bar.format_interval(left / rate)}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def show(self, images: Tensor, update: int) -> None:
+        """Notes what was drawn: uint8 images (B, C, H, W)."""
+        self.log.write(update, sample_statistics(images), **self.where)
+        self.log.picture("samples", make_grid(images), update)
+        self.last = time.perf_counter()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing import event_accumulator
 from torch import nn
 
 from diffusion.losses import LOSS_WEIGHTS
@@ -15,8 +16,9 @@ from utils.config import TrainingConfig, make_config
 from utils.data import MemoryDataset
 from utils.distributed import World
 from utils.ema import ema_decay_at, update_ema
-from utils.metrics import MetricsLog
+from utils.metrics import LossBins, MetricsLog, sample_statistics
 from utils.randomness import ImageNoise, batch_indices, generator
+from utils.runs import prune
 from utils.stages import Run, train_base, train_student
 from utils.training import (
     Objective,
@@ -323,16 +325,44 @@ def test_a_student_starts_as_its_teachers_average(tmp_path, monkeypatch):
 
 def test_metrics_drop_what_will_be_done_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, 0, 0) as log:
+    with MetricsLog(tmp_path, 0, 0) as log:
         for stage, update in [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]:
-            log.write(stage=stage, update=update)
+            log.write(update, {"loss": 1.0}, stage=stage)
     with path.open("a") as file:
         file.write('{"stage": 2, "upd')  # a kill in the middle of a line
-    with MetricsLog(path, 1, 1) as log:
-        log.write(stage=1, update=2, loss=0.5)
+    with MetricsLog(tmp_path, 1, 1) as log:
+        log.write(2, {"loss": 0.5, "gradient_norm": math.nan}, stage=1)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(e["stage"], e["update"]) for e in entries] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    assert entries[-1]["loss"] == 0.5
+    assert entries[-1] == {"stage": 1, "update": 2, "loss": 0.5, "gradient_norm": None}
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "stage-1"))
+    assert [e.value for e in events.Reload().Scalars("loss")] == [0.5]
+
+
+def test_losses_are_averaged_by_noise_level():
+    bins = LossBins(CPU)
+    bins.add(torch.tensor([1.0, 3.0]), torch.tensor([-19.0, -17.0]).double())
+    bins.add(torch.tensor([5.0, 7.0, 9.0]), torch.tensor([0.5, 25.0, -25.0]))
+    means = {"loss_logsnr_-20": 13 / 3, "loss_logsnr_0": 5.0, "loss_logsnr_16": 7.0}
+    assert bins.read() == pytest.approx(means)
+    assert bins.read() == {}
+
+
+def test_sample_statistics():
+    images = torch.tensor([0, 0, 255, 51], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    statistics = sample_statistics(images)
+    assert statistics["samples_mean"] == pytest.approx((-1 - 1 + 1 - 0.6) / 4)
+    assert statistics["samples_clipped"] == 0.75
+
+
+@pytest.mark.parametrize(("keep", "milestone"), [(None, None), (2, None), (2, 3)])
+def test_old_checkpoints_go_and_milestones_stay(tmp_path, keep, milestone):
+    for number in range(1, 11):
+        (tmp_path / f"diffusion-{number}.pt").touch()
+    prune(tmp_path, "diffusion-", keep, milestone)
+    left = {int(p.stem.split("-")[1]) for p in tmp_path.iterdir()}
+    kept = set(range(1, 11)) if keep is None else {9, 10}
+    assert left == kept | ({3, 6, 9} if milestone else set())
 
 
 # --- several processes and steps of accumulation ----------------------------------------------

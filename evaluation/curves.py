@@ -1,0 +1,40 @@
+"""The curves of a run, from its metrics."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from utils.files import atomic_write
+
+
+def draw_loss_curve(folder: Path) -> Path:
+    """Draws the loss over the updates, a curve a stage, from metrics.jsonl into loss.png.
+
+    Thin: every update; thick: the mean over a fiftieth of the stage. Returns the picture's path.
+    """
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("loss") is not None:
+            steps = entry.get("num_steps")
+            title = "base model" if steps is None else f"student {steps}"
+            curves[title].append((entry["update"], entry["loss"]))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for title, points in curves.items():
+        updates, losses = zip(*points, strict=True)
+        (every,) = axes.plot(updates, losses, linewidth=0.5, alpha=0.3)
+        width = max(1, len(losses) // 50)
+        smooth = torch.tensor(losses).unfold(0, width, 1).mean(1).tolist()
+        axes.plot(updates[width - 1 :], smooth, color=every.get_color(), label=title)
+    axes.set(xlabel="update of the stage", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = folder / "loss.png"
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+    return path
