@@ -16,7 +16,11 @@ from utils.engine import accelerated, allow_tf32
 
 
 def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
-    """The config's network with fresh weights, its memory laid out for convolutions."""
+    """The config's network with fresh weights, in the memory format that the device likes.
+
+    GPUs convolve channels_last. On a CPU that gains up to 5% on wide networks, but GroupNorm with
+    one channel a group, as small networks have it, then takes several times as long.
+    """
     sizes = config.model.model_dump()
     if dropout is not None:
         sizes["dropout"] = dropout
@@ -27,7 +31,8 @@ def build_network(config: Config, device: torch.device, dropout: float | None = 
         output_channels=channels * OUTPUT_TYPES[config.diffusion.prediction].channels,
         **sizes,
     )
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return network.to(device, memory_format=fast)  # type: ignore[call-overload]
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
