@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import GO_ON, add_common_arguments, parse, run_command, say
+from utils.command import GO_ON, InputError, add_common_arguments, parse, run_command, say
 
 DESCRIPTION = """\
 Progressive distillation: each stage copies its teacher into a student that learns to match two
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         "--config_path",
         type=Path,
         metavar="FILE.yaml",
-        help="distillation and sampling are read from it; the rest comes from the checkpoint",
+        help="distillation, sampling, engine and data.root are read from it, no more",
     )
     parser.add_argument(
         "--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps"
@@ -42,8 +42,9 @@ def distill(arguments: argparse.Namespace) -> None:
     from utils.build import build_dataset
     from utils.checkpoint import load_checkpoint
     from utils.distributed import join_world
-    from utils.runs import delete_run, distillation_config
-    from utils.stages import Run, train_student
+    from utils.runs import distillation_config
+    from utils.stages import Run, begin, train_student
+    from utils.training import own_rows
 
     base_path = arguments.teacher_model_checkpoint
     base = load_checkpoint(base_path)
@@ -54,16 +55,22 @@ def distill(arguments: argparse.Namespace) -> None:
         overrides.append(f"distillation.iterations={arguments.distillation_iterations}")
     config = distillation_config(base, base_path, arguments.config_path, overrides)
     name = arguments.config_path.stem if arguments.config_path else base.name
+    if base.kind == "student" and arguments.config_path is None:
+        name = f"{name}-from-{base.num_steps}-steps"
     output = arguments.output or Path(f"output/distilled/{name}")
+    if base_path.parent.resolve() == output.resolve():
+        raise InputError(
+            f"{base_path}: lies in {output}, where the results of its own run are; give another "
+            "folder for those of this ladder (--output)"
+        )
+    recipe = config.distillation
     with join_world(arguments.device) as world:
+        own_rows(recipe.batch_size, recipe.accumulate, world)  # or refused, before all else
         run = Run(config, name, output, world, build_dataset(config, world.device))
-        if arguments.restart and world.leads:
-            files = ["student-*.pt", "student-*.png", "metrics.jsonl", "images.safetensors"]
-            delete_run(output, files)
-        world.wait()
-        report = LadderReport(run, base) if world.leads else None
+        begin(run, "student-", arguments.restart)
+        report = LadderReport(run, base, base_path) if world.leads else None
         teacher = base
-        for position in range(len(config.distillation.ladder())):
+        for position in range(len(recipe.ladder())):
             teacher = train_student(run, teacher, position)
             if report is not None:
                 report.add(teacher)

@@ -68,7 +68,7 @@ def sample(arguments: argparse.Namespace) -> None:
             written = write_grid(output, request, grid, arguments.trajectory)
         elif output is not None and output.suffix == ".npz":
             written = write_npz(output, request, count)
-        elif output is not None and output.suffix:
+        elif output is not None and output.suffix.lower() in (".png", ".gif", ".jpg", ".npy"):
             raise InputError(f"--output {output}: with --count, a folder or a .npz")
         else:
             written = write_folder(output or default, request, count)

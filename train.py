@@ -28,18 +28,17 @@ def train(arguments: argparse.Namespace) -> None:
     from utils.build import build_dataset
     from utils.config import load_config
     from utils.distributed import join_world
-    from utils.runs import delete_run
-    from utils.stages import Run, train_base
+    from utils.stages import Run, begin, train_base
+    from utils.training import own_rows
 
     config = load_config(arguments.config_path, arguments.set)
     name = arguments.config_path.stem
     output = arguments.output or Path(config.output or f"output/{name}")
     with join_world(arguments.device) as world:
-        dataset = build_dataset(config, world.device)
-        if arguments.restart and world.leads:
-            delete_run(output, ["diffusion-*.pt", "diffusion-*.png", "metrics.jsonl"])
-        world.wait()
-        checkpoint = train_base(Run(config, name, output, world, dataset))
+        own_rows(config.training.batch_size, config.training.accumulate, world)  # or refused
+        run = Run(config, name, output, world, build_dataset(config, world.device))
+        begin(run, "diffusion-", arguments.restart)
+        checkpoint = train_base(run)
         if world.leads:
             draw_loss_curve(output)
     say(

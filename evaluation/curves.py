@@ -1,12 +1,12 @@
 """The curves of a run, from its metrics."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from utils.files import atomic_write
+from utils.metrics import read_metrics
 
 
 def draw_loss_curve(folder: Path) -> Path:
@@ -17,8 +17,7 @@ def draw_loss_curve(folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_metrics(folder / "metrics.jsonl"):
         if entry.get("loss") is not None:
             steps = entry.get("num_steps")
             title = "base model" if steps is None else f"student {steps}"

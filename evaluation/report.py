@@ -21,7 +21,7 @@ PICTURED_STAGES = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class LadderRow:
-    """A stage: both errors are trajectory errors to the reference, the teacher's undistilled."""
+    """A stage. Both are trajectory errors: of its student, of the first teacher at its steps."""
 
     num_steps: int
     updates: int
@@ -30,18 +30,19 @@ class LadderRow:
 
     @property
     def ratio(self) -> float:
-        """The student's error over the undistilled teacher's at the same step count."""
+        """The student's error over the first teacher's at the same step count."""
         return self.student_error / self.teacher_error if self.teacher_error else float("inf")
 
 
 class LadderReport:
     """What is known of a ladder, stage by stage: images, errors, table, grids, pictures.
 
-    base: the checkpoint that the ladder began with, by whose finest images it is measured.
+    base: the checkpoint that the ladder began with, by whose finest images it is measured, and
+    base_path, where it lies.
     """
 
-    def __init__(self, run: Run, base: Checkpoint) -> None:
-        self.run, self.base = run, base
+    def __init__(self, run: Run, base: Checkpoint, base_path: Path) -> None:
+        self.run, self.base, self.base_path = run, base, base_path
         path = run.output / "images.safetensors"
         self.trajectories = Trajectories(path, run.config, run.world.device)
         self.reference_steps = reference_steps(base, run.config)
@@ -51,39 +52,51 @@ class LadderReport:
         self._error_of_teacher(self.reference_steps)
 
     def _error_of_teacher(self, num_steps: int) -> float:
-        images = self.trajectories.of(self.base, num_steps, f"teacher at {num_steps}")
+        title = f"teacher at {num_steps}"
+        images = self.trajectories.of(self.base, self.base_path, num_steps, title)
         self.teachers[num_steps] = images
         return trajectory_error(images, self.teachers[self.reference_steps])
 
     def add(self, student: Checkpoint) -> None:
         """Measures a stage, writes its grid and the table so far, and prints its line."""
         output, num_steps = self.run.output, student.num_steps or 1
-        images = self.trajectories.of(student, num_steps, f"student at {num_steps}")
+        path = output / f"student-{num_steps}.pt"
+        images = self.trajectories.of(student, path, num_steps, f"student at {num_steps}")
         self.students[num_steps] = images
         error = trajectory_error(images, self.teachers[self.reference_steps])
         row = LadderRow(num_steps, student.update, error, self._error_of_teacher(num_steps))
         self.rows.append(row)
         grid = make_grid(decode(images[: self.run.config.sampling.grid]))
         save_png(output / f"student-{num_steps}.png", grid, scale=2)
-        write_table(output, self.run.name, self.rows, self.reference_steps)
+        write_table(output, self.run.name, self.rows, self.reference_steps, self.table())
         say(
             f"student at {num_steps}: trajectory error {row.student_error:.6f}, "
-            f"undistilled teacher {row.teacher_error:.6f}"
+            f"first teacher {row.teacher_error:.6f}"
         )
+
+    def table(self) -> str:
+        """The ladder so far."""
+        return ladder_table(self.rows, self.reference_steps, self.base.kind == "base")
 
     def finish(self) -> None:
         """Draws the pictures and prints the table."""
         draw_pictures(self.run.output, self.teachers, self.students, self.reference_steps)
-        say(ladder_table(self.rows, self.reference_steps))
+        say(self.table())
 
 
-def ladder_table(rows: Sequence[LadderRow], reference_steps: int) -> str:
-    """The ladder as a Markdown table, with a line above that says what it shows."""
+def ladder_table(rows: Sequence[LadderRow], reference_steps: int, from_base: bool = True) -> str:
+    """The ladder as a Markdown table, with a line above that says what it shows.
+
+    from_base: the ladder began with a base model, not with a student of an earlier ladder.
+    """
+    reference, teacher = (
+        ("base teacher", "undistilled teacher") if from_base else ("first teacher", "first teacher")
+    )
     lines = [
-        f"Mean squared distance to the base teacher's {reference_steps}-step DDIM images from the "
+        f"Mean squared distance to the {reference}'s {reference_steps}-step DDIM images from the "
         f"same noise ({NUM_IMAGES} images, not clipped):",
         "",
-        "| steps | updates | student | undistilled teacher | student / teacher |",
+        f"| steps | updates | student | {teacher} | student / teacher |",
         "|---:|---:|---:|---:|---:|",
     ]
     lines += [
@@ -94,9 +107,10 @@ def ladder_table(rows: Sequence[LadderRow], reference_steps: int) -> str:
     return "\n".join(lines)
 
 
-def write_table(folder: Path, name: str, rows: Sequence[LadderRow], reference_steps: int) -> str:
-    """Writes what is known of the ladder so far, ladder.md and ladder.json; returns the table."""
-    table = ladder_table(rows, reference_steps)
+def write_table(
+    folder: Path, name: str, rows: Sequence[LadderRow], reference_steps: int, table: str
+) -> None:
+    """Writes what is known of the ladder so far: ladder.md and ladder.json."""
     write_text(
         folder / "ladder.md",
         f"# The ladder of {name}\n\n{table}\n\n"
@@ -105,7 +119,6 @@ def write_table(folder: Path, name: str, rows: Sequence[LadderRow], reference_st
     )
     numbers = {"reference_steps": reference_steps, "rows": [asdict(row) for row in rows]}
     write_text(folder / "ladder.json", json.dumps(numbers, indent=2) + "\n")
-    return table
 
 
 def draw_pictures(

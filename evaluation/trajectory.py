@@ -71,12 +71,12 @@ class Trajectories:
             except (SafetensorError, OSError):
                 path.unlink()  # damaged: what it held can be made again
 
-    def of(self, checkpoint: Checkpoint, num_steps: int, title: str) -> Tensor:
-        """The checkpoint's unclipped DDIM images in so many steps."""
+    def of(self, checkpoint: Checkpoint, where: Path, num_steps: int, title: str) -> Tensor:
+        """The unclipped DDIM images in so many steps of the checkpoint that lies there."""
         key = f"{num_steps} {self.config.sampling.grid} {digest(checkpoint.weights)}"
         if key not in self.images:
             network = build_network(self.config, self.device).eval()
-            load_weights(network, checkpoint.weights, self.path)
+            load_weights(network, checkpoint.weights, where)
             denoiser = build_denoiser(self.config, network, self.device)
             count = max(NUM_IMAGES, self.config.sampling.grid)
             parts = [range(n, min(n + 64, count)) for n in range(0, count, 64)]

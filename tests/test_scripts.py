@@ -20,7 +20,7 @@ import distill
 import sample
 import train
 from tests.toys import tiny
-from utils.checkpoint import digest, load_checkpoint
+from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,8 +160,52 @@ def test_another_config_in_the_same_folder_is_refused_with_its_keys(workshop, tm
     assert "--restart" in message
     assert run(train, *common, "--set", "training.batch_size=4", "--restart") == 0
     assert load_checkpoint(base / "diffusion-4.pt").config.training.batch_size == 4
-    longer = ("--config_path", workshop["config"], "--output", workshop["base"])
-    assert run(train, *longer, "--set", "training.updates=4", "training.checkpoint_every=1") == 0
+
+
+def test_a_finished_run_can_go_on_for_longer_but_not_shorter(workshop, tmp_path, capsys):
+    base = shutil.copytree(workshop["base"], tmp_path / "base")
+    common = ("--config_path", workshop["config"], "--output", base, "--set")
+    assert "training.updates" in refused(capsys, train, *common, "training.updates=3")
+    assert run(train, *common, "training.updates=6", "training.checkpoint_every=1") == 0
+    assert "going on from" in capsys.readouterr().out
+    assert load_checkpoint(base / "diffusion-6.pt").update == 6
+    falling = "training.learning_rate_decay=linear"
+    message = refused(capsys, train, *common, "training.updates=8", falling)
+    assert "training.updates, training.learning_rate_decay" in message
+
+
+def test_restart_deletes_what_the_run_wrote_and_nothing_else(workshop, tmp_path, capsys):
+    base = shutil.copytree(workshop["base"], tmp_path / "base")
+    (base / "diffusion-best.pt").write_text("mine")
+    (base / ".diffusion-2.pt.123.tmp").write_text("half of a file")
+    common = ("--config_path", workshop["config"], "--output", base, "--restart", "--set")
+    message = refused(capsys, train, *common, "training.accumulate=20")
+    assert "training: accumulate: 20 parts of a batch_size of 8" in message
+    assert (base / "diffusion-4.pt").exists(), "refused before anything was deleted"
+    assert run(train, *common, "training.updates=1") == 0
+    names = {p.name for p in base.iterdir()}
+    assert {"diffusion-best.pt", "diffusion-1.pt"} <= names
+    assert not {"diffusion-4.pt", "diffusion-4.png", ".diffusion-2.pt.123.tmp"} & names
+
+
+def test_a_ladder_never_lands_on_its_teacher(workshop, capsys):
+    student = workshop["ladder"] / "student-2.pt"
+    common = ("--teacher_model_checkpoint", student, "--output", workshop["ladder"])
+    steps = ("--initial_sampling_steps", 1, "--distillation_iterations", 1)
+    for restart in ((), ("--restart",)):
+        assert "give another folder" in refused(capsys, distill, *common, *steps, *restart)
+    assert student.exists()
+
+
+def test_a_checkpoint_of_another_version_is_not_overwritten(workshop, tmp_path, capsys):
+    base = shutil.copytree(workshop["base"], tmp_path / "base")
+    newest = base / "diffusion-4.pt"
+    content = torch.load(newest, weights_only=True) | {"format_version": 2}
+    torch.save(content, newest)
+    common = ("--config_path", workshop["config"], "--output", base)
+    assert "format version 2; this code reads 1" in refused(capsys, train, *common)
+    shutil.copy(workshop["ladder"] / "student-4.pt", newest)
+    assert "not a base model in training" in refused(capsys, train, *common)
 
 
 def test_the_ladder_goes_on_from_a_student(workshop, tmp_path, capsys):
@@ -181,6 +225,9 @@ def test_the_checkpoints_network_holds_and_the_yaml_is_warned_of(workshop, tmp_p
         tmp_path, model={"channels": 16}, distillation={"updates_per_stage": 1}, seed=5
     )
     common = ("--config_path", config, "--teacher_model_checkpoint", workshop["teacher"])
+    assert run(distill, *common, "--output", tmp_path / "out") == 0
+    assert run(distill, *common, "--output", tmp_path / "out", "--set", "training.updates=9") == 0
+    assert "training.updates" in capsys.readouterr().err
     assert run(distill, *common, "--output", tmp_path / "out") == 0
     warnings = [w for w in capsys.readouterr().err.splitlines() if w.startswith("warning")]
     assert len(warnings) == 1
@@ -283,6 +330,9 @@ def test_what_a_student_was_not_made_for_is_warned_of(workshop, tmp_path, capsys
         (("--count", 3, "--output", "x.png"), "a folder or a .npz"),
         (("--count", 3, "--trajectory"), "--trajectory"),
         (("--device", "tpu9"), "--device tpu9"),
+        (("--device", "meta"), "--device meta"),
+        (("--steps", 10**12), "--steps 1000000000000"),
+        (("--count", 10**13, "--output", "x.npz"), "out of memory"),
     ],
 )
 def test_bad_arguments_of_sample(workshop, capsys, arguments, hint):
@@ -355,6 +405,25 @@ def wait_for_updates(process, metrics, stage=0):
     raise AssertionError("no update within a minute")
 
 
+@pytest.mark.parametrize("script", [train, distill])
+def test_ctrl_c_in_the_last_save_of_a_stage_is_heard(
+    workshop, tmp_path, monkeypatch, capsys, script
+):
+    def interrupted(path, checkpoint):
+        save_checkpoint(path, checkpoint)
+        if checkpoint.update in (3, 4):  # the last of the stage
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("utils.stages.save_checkpoint", interrupted)
+    if script is train:
+        arguments = ("--config_path", workshop["config"])
+    else:
+        arguments = ("--teacher_model_checkpoint", workshop["teacher"])
+    assert run(script, *arguments, "--output", tmp_path) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "student-2.pt").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, number):
     config = write_config(tmp_path, training={"updates": 10**6, "checkpoint_every": 10**6})
@@ -421,7 +490,7 @@ def test_help_answers_without_importing_torch():
         assert process.returncode == 0
 
 
-def test_the_seeds_commands_word_for_word(tmp_path, monkeypatch):
+def test_the_tutorials_commands_word_for_word(tmp_path, monkeypatch):
     """The tutorial's two commands, their sizes alone brought down by --set."""
     for name in ("configs", "data"):
         (tmp_path / name).symlink_to(ROOT / name)

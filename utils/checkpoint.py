@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from utils.command import InputError
+from utils.command import DamagedCheckpoint, InputError
 from utils.config import Config, make_config
 from utils.files import atomic_write
 
@@ -43,6 +43,16 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        states = [self.model] if self.ema is None else [self.model, self.ema]
+        tensors = all(
+            isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())
+            for state in states
+        )
+        counts = [self.update, self.stage, 1 if self.num_steps is None else self.num_steps]
+        if not tensors or not all(isinstance(count, int) for count in counts):
+            raise TypeError("not the entries of a checkpoint")
 
     @property
     def weights(self) -> State:
@@ -100,16 +110,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except PermissionError:
         raise InputError(f"{path}: not allowed to read it") from None
     except Exception:  # what a damaged archive or a foreign pickle raises is not documented
-        raise InputError(f"{path}: not a checkpoint of this project, or damaged") from None
+        raise DamagedCheckpoint(f"{path}: not a checkpoint of this project, or damaged") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this project")
     version = content.pop("format_version", None)
-    if version != FORMAT_VERSION:
+    if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(f"{path}: format version {version}; this code reads {FORMAT_VERSION}")
-    if content.pop("digest", None) != digest(content):
-        raise InputError(f"{path}: damaged, its content is not what was saved")
     try:
-        content["config"] = make_config(content["config"], f"{path}: its config")
+        intact = content.pop("digest", None) == digest(content)
+    except Exception:  # tensors of other kinds, lists that hold themselves
+        intact = False
+    if not intact:
+        raise DamagedCheckpoint(f"{path}: damaged, its content is not what was saved")
+    try:
+        content["config"] = make_config(dict(content["config"]), f"{path}: its config")
         return Checkpoint(**content)
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, ValueError):
         raise InputError(f"{path}: a checkpoint with missing or unknown entries") from None

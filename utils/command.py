@@ -5,12 +5,14 @@ Imports nothing heavy, so that --help answers at once.
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 GO_ON = "stopped; run the same command again to go on from the last checkpoint"
@@ -20,6 +22,10 @@ class InputError(Exception):
     """Something the user gave is wrong: one line with the file, the key and what would be right."""
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint that cannot be read whole: there may be one before it."""
+
+
 class Stopped(Exception):
     """The run was asked to stop, has saved, and says how to go on."""
 
@@ -27,21 +33,32 @@ class Stopped(Exception):
 def run_command(work: Callable[[], None], if_stopped: str = "stopped") -> int:
     """Does the work and gives the exit code: 0, 2 with one line on bad input, 130 after Ctrl-C."""
     try:
-        work()
+        with handled(signal.SIGTERM, signal.default_int_handler):  # as Ctrl-C is
+            work()
     except InputError as error:
         return _fail(f"error: {error}", BAD_INPUT)
     except Stopped as stopped:
-        return _fail(str(stopped), INTERRUPTED) if leads() else INTERRUPTED
+        return _fail(str(stopped), INTERRUPTED)
     except KeyboardInterrupt:
         return _fail(if_stopped, INTERRUPTED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror or error}", BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        advice = "take a smaller batch_size or model.channels, or fewer steps or images at a time"
+        return _fail(f"error: out of memory; {advice}", BAD_INPUT)
     return OK
 
 
+# What torch says of GPUs, of its allocator and of sizes beyond any; to import it takes too long.
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+
+
 def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    if leads():
+        print(" ".join(message.split()), file=sys.stderr)
     return code
 
 
@@ -94,14 +111,34 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ..; by default a GPU where one is")
 
 
+Handler = Callable[[int, FrameType | None], Any]
+
+
+@contextmanager
+def handled(number: int, handler: Handler) -> Iterator[None]:
+    """Has a signal handled so while the block runs, where this is the main thread."""
+    try:
+        before = signal.signal(number, handler)
+    except ValueError:  # another thread: whoever owns the main one sees to signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 class StopRequest:
-    """Whether Ctrl-C or SIGTERM has come; asked at the end of each update, when a save is whole."""
+    """Whether Ctrl-C or SIGTERM has come; asked at the end of each update, when a save is whole.
+
+    urgent: nothing would be lost now, so that a signal need not wait.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.urgent = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:  # the second one does not wait
+        if self.requested or self.urgent:  # the second one does not wait
             raise KeyboardInterrupt
         self.requested = True
         os.write(2, b"\nstopping after this update; once more to stop without saving\n")
@@ -111,14 +148,5 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Turns Ctrl-C and SIGTERM into a request while the block runs."""
     stop = StopRequest()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, stop._handle) for number in numbers]
-    except ValueError:  # not in the main thread: whoever owns it sees to signals
+    with handled(signal.SIGINT, stop._handle), handled(signal.SIGTERM, stop._handle):
         yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -4,6 +4,7 @@ The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml).
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,12 @@ def _sampler_name(name: str) -> str:
     return name
 
 
+def _path(text: str) -> str:
+    if "\0" in text or not text.isprintable() or not text.strip():
+        raise ValueError("not the name of a file or folder")
+    return text
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -54,6 +61,7 @@ def _as_tuple(value: Any) -> Any:
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+PathName = Annotated[str, AfterValidator(_path)]
 Counts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=2**20)], ...],
     BeforeValidator(_as_tuple),
@@ -74,11 +82,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class Recipe(Section):
+    """What training and distillation share. accumulate: in how many parts a batch is done."""
+
+    batch_size: Count = 128
+    accumulate: Count = 1
+    gradient_clip: Positive | None = 1.0
+    checkpoint_every: Count = 1000
+
+    @model_validator(mode="after")
+    def _batch_can_be_shared(self) -> "Recipe":
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate: {self.accumulate} parts of a batch_size of {self.batch_size}; "
+                "take at most as many as there are images"
+            )
+        return self
+
+
 class DataConfig(Section):
     """The images. root: the folder that holds <name>/; of an image_folder, the images' own."""
 
     name: DatasetName = "mnist"
-    root: str = "data"
+    root: PathName = "data"
     image_size: Annotated[int, Field(ge=1, le=4096)] = 32
     channels: Literal[1, 3] = 1
     horizontal_flip: bool = False
@@ -111,7 +137,7 @@ class DiffusionConfig(Section):
     loss_weight: LossWeightName = "snr_plus_one"
 
 
-class TrainingConfig(Section):
+class TrainingConfig(Recipe):
     """Training the base model.
 
     learning_rate_decay: constant after the warm-up, or linear to 0. times: uniform in [0, 1], or
@@ -120,36 +146,28 @@ class TrainingConfig(Section):
     """
 
     updates: Count = 10_000
-    batch_size: Count = 128
     learning_rate: Positive = 2.0e-4
     learning_rate_decay: Literal["none", "linear"] = "none"
     times: Literal["uniform", "stratified"] = "uniform"
     warmup: Annotated[int, Field(ge=0, le=2**31)] = 1000
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     ema_decay: Fraction = 0.9999
-    gradient_clip: Positive | None = 1.0
-    accumulate: Count = 1
-    checkpoint_every: Count = 1000
     keep_checkpoints: Annotated[int, Field(ge=2, le=2**31)] | None = None
     milestone_every: Count | None = None
 
 
-class DistillationConfig(Section):
+class DistillationConfig(Recipe):
     """The ladder. first_steps: the FIRST student's steps; each of the iterations halves them.
 
     updates_per_stage, learning_rate: one number, or a list with one for each stage. The rate falls
     to 0 within every stage.
     """
 
-    first_steps: Count = 512
+    first_steps: Annotated[int, Field(ge=1, le=2**19)] = 512
     iterations: Annotated[int, Field(ge=1, le=31)] = 7
     updates_per_stage: CountPerStage = 5000
-    batch_size: Count = 128
     learning_rate: PositivePerStage = 1.0e-4
-    gradient_clip: Positive | None = 1.0
     loss_weight: LossWeightName = "snr_trunc"
-    accumulate: Count = 1
-    checkpoint_every: Count = 1000
 
     @model_validator(mode="after")
     def _ladder_exists(self) -> "DistillationConfig":
@@ -209,7 +227,7 @@ class Config(Section):
     """A whole run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    output: str | None = None
+    output: PathName | None = None
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -236,6 +254,11 @@ class Config(Section):
                     f"{', '.join(map(str, resolutions))}"
                 )
         widths = [model.channels * multiplier for multiplier in model.channel_multipliers]
+        if resolutions[-1] == 1 and widths[-1] == math.gcd(32, widths[-1]):
+            raise ValueError(
+                f"model.channel_multipliers: {len(widths)} levels leave one pixel, which GroupNorm "
+                f"cannot normalise with {widths[-1]} channels, one a group; take fewer levels"
+            )
         with_attention = {
             width
             for width, resolution in zip(widths, resolutions, strict=True)
@@ -302,10 +325,10 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise InputError(f"{where}: {line}{error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
+    except Exception as error:  # tags such as !!timestamp raise what they like
+        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
 
 
 # --- from files and command lines ---------------------------------------------------------------

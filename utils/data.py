@@ -112,7 +112,7 @@ def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor,
         where = root / folder
         try:
             data: Any = getattr(datasets, class_name)(str(where), train=True, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"data.name: {folder} is not in {where} and could not be downloaded "
                 f"({str(error)[:120]}); put torchvision's {class_name} files there, or take "
@@ -156,7 +156,7 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
         """The image, or the error that names it: an exception would lose its shape in a worker."""
         try:
             with Image.open(self.files[index]) as image:
-                pixels = np.asarray(self._fitted(image.convert(self.mode)))
+                pixels = np.asarray(self._fitted(_eight_bits(image).convert(self.mode)))
         except Exception as error:  # a decoder may raise anything
             return InputError(f"{self.files[index]}: not a readable image ({error})")
         channels_last = torch.from_numpy(pixels.copy()).reshape(
@@ -210,6 +210,15 @@ class StreamedDataset:
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
             )
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits a pixel brought to 8, as Pillow would saturate them; deeper images are refused."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits a channel")
+    return image
 
 
 def _collate(items: list[Any]) -> Any:

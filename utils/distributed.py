@@ -60,18 +60,18 @@ def join_world(device_name: str | None) -> Iterator[World]:
 
     NCCL connects GPUs, gloo CPUs. Raises InputError for a device that is not there.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1 and device_name in (None, "cuda") and torch.cuda.is_available():
+    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if launched and device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if not launched:
         yield World(device)
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(device, rank, size)
+        yield World(device, distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
 
@@ -82,7 +82,11 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not a device of this machine; try cpu") from None
+    except (RuntimeError, AssertionError, ValueError):
+        raise InputError(
+            f"--device {name}: not a device of this machine; take cpu, cuda or cuda:N"
+        ) from None
     return device

@@ -16,6 +16,21 @@ BIN_EDGES = tuple(range(-20, 21, 4))  # of the logsnr bins that losses are avera
 BINNED_EVERY = 100  # updates
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without those that a kill or an accident left unreadable."""
+    entries = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and all(
+            isinstance(entry.get(key), int) for key in ("stage", "update")
+        ):
+            entries.append(entry)
+    return entries
+
+
 class MetricsLog:
     """metrics.jsonl and tensorboard/ in a run's folder.
 
@@ -29,11 +44,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            entries = [(json.loads(line), line) for line in lines]
             kept = [
-                f"{line}\n"
-                for entry, line in entries
+                f"{json.dumps(entry)}\n"
+                for entry in read_metrics(path)
                 if (entry["stage"], entry["update"]) <= (stage, update)
             ]
             write_text(path, "".join(kept))

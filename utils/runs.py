@@ -1,10 +1,12 @@
 """A run's folder: which checkpoint to go on from, whether it is the same run, how to begin anew."""
 
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.command import InputError, warn
+from utils.command import DamagedCheckpoint, InputError, warn
 from utils.config import Config, differences, load_config, make_config, override
 
 # What may change while a run goes on: where things lie and what is drawn, not what is learnt.
@@ -37,12 +39,13 @@ def prune(folder: Path, prefix: str, keep: int | None, milestone_every: int | No
 
 
 def newest_whole(paths: Sequence[Path]) -> tuple[Path, Checkpoint] | None:
-    """The first of the checkpoints that can be read; one warning for each that cannot."""
-    for path in paths:
+    """The first of the checkpoints that is whole; one warning for each that is damaged."""
+    for n, path in enumerate(paths):
         try:
             return path, load_checkpoint(path)
-        except InputError as error:
-            warn(f"{error}; taking the one before it")
+        except DamagedCheckpoint as error:
+            rest = "taking the one before it" if n + 1 < len(paths) else "there is none before it"
+            warn(f"{error}; {rest}")
     return None
 
 
@@ -58,11 +61,21 @@ def require_same_run(
         )
 
 
-def delete_run(folder: Path, patterns: Sequence[str]) -> None:
-    """Deletes what an earlier run wrote, and nothing else."""
-    for pattern in patterns:
-        for path in folder.glob(pattern):
+def delete_run(folder: Path, prefix: str) -> None:
+    """Deletes what an earlier run wrote under names that begin so, and nothing else."""
+    ours = re.compile(re.escape(prefix) + r"\d+(-\d+)?\.(pt|png)")
+    for path in folder.glob(f"{prefix}*"):
+        if ours.fullmatch(path.name):
             path.unlink()
+    for name in ("metrics.jsonl", "images.safetensors", "loss.png"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Deletes the temporary files that a killed run left half written."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 # --- what a ladder is asked for ------------------------------------------------------------------
@@ -71,8 +84,9 @@ def delete_run(folder: Path, patterns: Sequence[str]) -> None:
 def distillation_config(
     teacher: Checkpoint, teacher_path: Path, config_path: Path | None, overrides: list[str]
 ) -> Config:
-    """The checkpoint's config with distillation and sampling as asked for now, and where data lies.
+    """The checkpoint's config, but for what may be asked for now.
 
+    That is distillation, sampling, engine, data.root and data.workers.
     Warns in one line of what else was asked for: the network, the diffusion and the data are the
     checkpoint's. Raises InputError for step counts that cannot follow the teacher's.
     """
@@ -85,10 +99,12 @@ def distillation_config(
         )
     sections = ("seed", "model", "diffusion", "data")
     ignored = [k for k in differences(teacher.config, given, sections) if k not in FREE_KEYS]
+    unread = [item.partition("=")[0] for item in overrides]
+    ignored += [key for key in unread if key.split(".")[0] in ("output", "training")]
     if ignored:
         warn(
-            f"{config_path or '--set'}: {', '.join(ignored)} differ from {teacher_path}; "
-            "the checkpoint's values hold"
+            f"{config_path or '--set'}: {', '.join(ignored)} differ from {teacher_path} or are not "
+            "read here; the checkpoint's values hold, and --output says where results go"
         )
     first = given.distillation.first_steps
     if teacher.num_steps is not None and teacher.num_steps != 2 * first:

@@ -104,8 +104,10 @@ class SampleRequest:
             make_sampler(sampler)
         except ValueError as error:
             raise InputError(f"--sampler: {error}") from None
-        if (steps is not None and steps < 1) or batch_size < 1:
-            raise InputError(f"--steps {steps} --batch_size {batch_size}: take at least 1")
+        if steps is not None and not 1 <= steps <= 2**20:
+            raise InputError(f"--steps {steps}: take from 1 to {2**20}")
+        if batch_size < 1:
+            raise InputError(f"--batch_size {batch_size}: take at least 1")
         if own and steps not in (None, own):
             warn(
                 f"this student was distilled for {own} steps: it learnt to jump between those "

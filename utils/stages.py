@@ -16,7 +16,14 @@ from utils.config import Config
 from utils.data import Dataset
 from utils.distributed import World
 from utils.images import make_grid, save_png
-from utils.runs import newest_whole, numbered, prune, require_same_run
+from utils.runs import (
+    delete_run,
+    newest_whole,
+    numbered,
+    prune,
+    require_same_run,
+    sweep,
+)
 from utils.sampling import SampleRequest
 from utils.training import (
     Plan,
@@ -80,6 +87,15 @@ class Run:
         )
 
 
+def begin(run: Run, prefix: str, restart: bool) -> None:
+    """Makes the run's folder ready: what a kill left half written goes; on restart, the old run."""
+    if run.world.leads:
+        sweep(run.output)
+        if restart:
+            delete_run(run.output, prefix)
+    run.world.wait()
+
+
 def train_base(run: Run) -> Path:
     """Trains the base model from where an earlier run left it; returns its last checkpoint.
 
@@ -94,9 +110,13 @@ def train_base(run: Run) -> Path:
     newest = run.newest(numbered(run.output, "diffusion-"))
     if newest is not None:
         path, stored = newest
+        if stored.kind != "base" or stored.optimizer is None:
+            raise InputError(f"{path}: not a base model in training; give another --output")
         sections = ("seed", "data", "model", "diffusion", "training")
-        longer = ["training.updates"] if training.learning_rate_decay == "none" else []
-        require_same_run(path, stored.config, config, sections, free=longer)
+        # At a constant rate a longer run begins as the shorter one did.
+        longer = training.learning_rate_decay == "none" and training.updates >= stored.update
+        free = ["training.updates"] if longer else []
+        require_same_run(path, stored.config, config, sections, free)
         _go_on(trainee, path, stored)
 
     def snapshot() -> Checkpoint:
@@ -167,6 +187,8 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
         path, stored = newest
         _require_same_stage(path, stored, student, (updates, rate))
         if stored.update == updates:
+            for leftover in numbered(run.output, prefix) if run.world.leads else []:
+                leftover.unlink()  # of a run killed between its last save and this
             return stored
 
     network = build_network(config, run.world.device, dropout=0.0)

@@ -294,8 +294,9 @@ def _explain_skip(plan: Plan, update: int, skips: int, logsnr: Tensor) -> None:
     where = f"stage {plan.stage}, update {update}: the gradient is not finite"
     if skips >= SKIPS_IN_A_ROW:
         raise InputError(
-            f"{where}, for the {skips}th time in a row; lower the learning rate, or take the loss "
-            "weight snr_trunc or snr_plus_one, or precision fp32"
+            f"{where}, for the {skips}th time in a row; begin anew (--restart, or another "
+            "--output) with a lower learning rate, the loss weight snr_trunc or snr_plus_one, or "
+            "precision fp32"
         )
     low, high = logsnr.min().item(), logsnr.max().item()
     warn(f"{where}; skipped (logsnr between {low:.1f} and {high:.1f})")
@@ -343,19 +344,24 @@ def run_stage(
             monitor = Monitor(log, bar, plan, world.device, noted)
         steps = updates(trainee, plan, dataset, objective, world, lambda: stop.requested)
         for metrics in steps:
-            due = trainee.update == plan.updates or trainee.update % plan.checkpoint_every == 0
+            last = trainee.update == plan.updates
+            # Weights that give no finite gradient are no place to go on from.
+            due = last or (trainee.update % plan.checkpoint_every == 0 and not metrics.skipped)
             if monitor is not None:
                 monitor.after(metrics)
                 if due or metrics.stop:
                     monitor.log.flush()
                     save()
-            if metrics.stop:
+                if due and draw is not None and not stop.requested:
+                    stop.urgent = True  # it is saved, and a picture takes its time
+                    monitor.show(draw(), trainee.update)
+                    stop.urgent = False
+            late = last and world.sum(torch.tensor(float(stop.requested), device=world.device)) > 0
+            if metrics.stop or late:
                 raise Stopped(
                     f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
                     "run the same command again to go on"
                 )
-            if due and monitor is not None and draw is not None:
-                monitor.show(draw(), trainee.update)
 
 
 class Monitor:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from utils.checkpoint import Checkpoint
 from utils.config import make_config
 
 CPU = torch.device("cpu")
+HERE = Path("a.pt")
 
 
 def base(config):
@@ -35,8 +37,10 @@ def test_every_network_starts_from_the_same_noise_and_finer_grids_come_closer(tm
     config = make_config(tiny(), "x")
     trajectories = Trajectories(tmp_path / "images.safetensors", config, CPU)
     teacher = base(config)
-    finest = trajectories.of(teacher, 256, "")
-    errors = [trajectory_error(trajectories.of(teacher, n, ""), finest) for n in (2, 8, 32, 128)]
+    finest = trajectories.of(teacher, HERE, 256, "")
+    errors = [
+        trajectory_error(trajectories.of(teacher, HERE, n, ""), finest) for n in (2, 8, 32, 128)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
     assert finest.shape == (NUM_IMAGES, 1, 32, 32)
@@ -45,20 +49,20 @@ def test_every_network_starts_from_the_same_noise_and_finer_grids_come_closer(tm
 def test_images_are_kept_and_not_made_twice(tmp_path, monkeypatch):
     config, path = make_config(tiny(), "x"), tmp_path / "images.safetensors"
     teacher = base(config)
-    first = Trajectories(path, config, CPU).of(teacher, 2, "")
+    first = Trajectories(path, config, CPU).of(teacher, HERE, 2, "")
     with monkeypatch.context() as patch:
         patch.setattr("evaluation.trajectory.ddim_images", lambda *_: pytest.fail("made twice"))
-        assert torch.equal(Trajectories(path, config, CPU).of(teacher, 2, ""), first)
+        assert torch.equal(Trajectories(path, config, CPU).of(teacher, HERE, 2, ""), first)
     path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(Trajectories(path, config, CPU).of(teacher, 2, ""), first)
+    assert torch.equal(Trajectories(path, config, CPU).of(teacher, HERE, 2, ""), first)
 
 
 def test_a_larger_grid_gives_more_images_and_the_same_first_ones(tmp_path):
     config = make_config(tiny(), "x")
     larger = make_config(tiny(sampling={"grid": 70}), "x")
     teacher = base(config)
-    few = Trajectories(tmp_path / "a", config, CPU).of(teacher, 2, "")
-    many = Trajectories(tmp_path / "b", larger, CPU).of(teacher, 2, "")
+    few = Trajectories(tmp_path / "a", config, CPU).of(teacher, HERE, 2, "")
+    many = Trajectories(tmp_path / "b", larger, CPU).of(teacher, HERE, 2, "")
     assert len(many) == 70
     torch.testing.assert_close(many[:64], few)
 
@@ -69,7 +73,8 @@ def test_the_report_says_what_was_measured(tmp_path):
     assert "| 2 | 10 | 0.250000 | 1.000000 | 0.25 |" in table
     assert "4-step DDIM" in table
     images = {n: torch.zeros(64, 3, 8, 8) for n in (4, 2, 1)}
-    assert write_table(tmp_path, "x", rows, 4) == table
+    write_table(tmp_path, "x", rows, 4, table)
+    assert "first teacher's 4-step" in ladder_table(rows, 4, from_base=False)
     draw_pictures(tmp_path, images, images, 4)
     assert table in (tmp_path / "ladder.md").read_text()
     numbers = json.loads((tmp_path / "ladder.json").read_text())

@@ -94,6 +94,15 @@ def test_foreign_and_older_files_are_named(tmp_path):
     torch.save(content | head | {"digest": digest(content)}, path)
     with pytest.raises(InputError, match="missing or unknown entries"):
         load_checkpoint(path)
+    for content in ({"config": "abc"}, {"config": {}, "model": 3, "update": 1}):
+        torch.save(content | head | {"digest": digest(content)}, path)
+        with pytest.raises(InputError, match="missing or unknown entries"):
+            load_checkpoint(path)
+    endless: list = []
+    endless.append(endless)
+    torch.save({"x": endless} | head | {"digest": ""}, path)
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(path)
     content = {"config": {"model": {"chanels": 3}}}
     torch.save(content | head | {"digest": digest(content)}, path)
     with pytest.raises(InputError, match=r"its config: model.chanels: unknown key"):

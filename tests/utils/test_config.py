@@ -65,6 +65,13 @@ def test_the_tutorials_config_is_the_tutorials_recipe():
         ({"training": {"learning_rate": 0.0}}, "training.learning_rate", "greater than 0"),
         ({"training": {"updates": -1}}, "training.updates", "greater than or equal to 1"),
         ({"training": None}, "training", "TrainingConfig"),
+        ({"data": {"root": "a\0b"}}, "data.root", "not the name of a file"),
+        ({"training": {"accumulate": 129}}, "training", "at most as many as there are images"),
+        (
+            {"model": {"channels": 8, "channel_multipliers": [1] * 6, "attention_resolutions": []}},
+            "model.channel_multipliers",
+            "one pixel",
+        ),
         ({"data": {"channels": 2}}, "data.channels", "1 or 3"),
         ({"data": {"name": "mnits"}}, "data.name", "mnist, fashion_mnist"),
         ({"diffusion": {"prediction": "u"}}, "diffusion.prediction", "x, eps, v, both"),
@@ -136,6 +143,9 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
         ("a: " + "9" * 5000, "x: "),
         ("? [a, b]\n: 1\n? {c: d}\n: 2", "x: "),
         ("\x00", "x: "),
+        ("seed: !!bool maybe", "x: "),
+        ("seed: !!timestamp abc", "x: "),
+        ('seed: !!float ""', "x: "),
     ],
 )
 def test_bad_yaml_is_one_line(text, hint):
@@ -222,7 +232,7 @@ def test_the_file_is_named(tmp_path):
 # --- the ladder -----------------------------------------------------------------------------
 
 
-@given(st.integers(1, 2**20), st.integers(1, 22))
+@given(st.integers(1, 2**19), st.integers(1, 22))
 def test_a_ladder_halves_or_is_refused(first_steps, iterations):
     if first_steps % 2 ** (iterations - 1):
         with pytest.raises(ValueError, match="cannot be halved"):

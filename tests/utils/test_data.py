@@ -114,6 +114,15 @@ def test_images_are_centre_cropped(tmp_path):
     assert label == -1
 
 
+def test_sixteen_bits_a_pixel_are_brought_to_eight(tmp_path):
+    pixels = np.arange(0, 2**16, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    image, _ = ImageFolder(tmp_path, 32, 1)[0]
+    assert np.array_equal(image[0].numpy(), pixels >> 8)
+    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "x.tiff")
+    assert "8 or 16 bits" in str(ImageFolder(tmp_path, 32, 1)[1])
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(folder, workers):
     (folder / "a" / "broken.png").write_bytes(b"\x89PNG no")

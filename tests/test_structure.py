@@ -1,4 +1,4 @@
-"""The rules of the house that a program can check."""
+"""Rules of the structure that a program can check."""
 
 import ast
 import importlib
