@@ -139,7 +139,8 @@ class Bench:
         }
         self.parameters = sum(p.numel() for p in bare.parameters())
         self.convolutions = {
-            name: best_layout(*key, device=device) for name, key in self.shapes.items()
+            name: best_layout(module, shape, device)
+            for name, (module, shape) in self.shapes.items()
         }
         self.measures: dict[str, Callable[[], object]] = {
             "training update": lambda: next(train),
