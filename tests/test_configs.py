@@ -9,24 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import train
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", 300))
-WRONG = st.sampled_from([None, True, -1, 0, 0.5, "x", [], {}, [1, "x"], 1e300, ".nan", 2**70])
+WRONG = [None, True, -1, 0, 0.5, "x", [], {}, [1, "x"], 1e300, ".nan", 2**70]
 
 
 def mostly(*values):
     """One of the values that may be right, now and then something else."""
-    return st.one_of(*[st.sampled_from(values)] * 20, WRONG)
+    return st.sampled_from([*values * 20, *WRONG])
 
 
 KEYS = {
     "seed": mostly(0, 7),
-    "data.image_size": mostly(8, 16, 12, 4, 7, 1),
+    "data.image_size": mostly(8, 16, 8, 16, 12, 7),
     "data.channels": mostly(1, 3),
     "data.horizontal_flip": mostly(True, False),
     "model.channels": mostly(4, 8, 12, 9, 33),
@@ -68,8 +68,8 @@ KEYS = {
     "sampling.grid": mostly(1, 3),
     "engine.precision": mostly("fp32", "bf16", "fp16", "fp8"),
     "engine.tf32": mostly(True, False),
-    "engine.fast": WRONG,
-    "traning.updates": WRONG,
+    "engine.fast": st.sampled_from(WRONG),
+    "traning.updates": st.sampled_from(WRONG),
 }
 SMALL = {
     "data": {"image_size": 8, "workers": 0, "channels": 1},
@@ -105,7 +105,7 @@ def _without_pictures_of_the_loss(monkeypatch):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     deadline=None,
 )
-@given(st.dictionaries(st.sampled_from(sorted(KEYS)), st.none(), max_size=8), st.data())
+@given(st.dictionaries(st.sampled_from(sorted(KEYS)), st.none(), max_size=6), st.data())
 def test_a_config_runs_or_one_line_names_the_key(images, keys, data):
     values = {section: dict(entries) for section, entries in SMALL.items()}
     values["data"] |= {"name": "image_folder", "root": str(images)}
@@ -121,6 +121,7 @@ def test_a_config_runs_or_one_line_names_the_key(images, keys, data):
             code = train.main(["--config_path", str(config), "--output", f"{folder}/out"])
         written = sorted(p.name for p in Path(folder).rglob("*") if p.is_file())
     last = errors.getvalue().strip().splitlines()[-1:]
+    event(f"exit code {code}")
     if code == 0:
         assert any(name.startswith("diffusion-") and name.endswith(".pt") for name in written)
         return
