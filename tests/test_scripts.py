@@ -373,6 +373,13 @@ def test_step_counts_that_cannot_be_halved_are_refused_before_anything(workshop,
     assert not (tmp_path / "out").exists()
 
 
+def test_every_process_tells_its_own_error(tmp_path, monkeypatch, capsys):
+    for rank, start_of_line in (("0", "error: "), ("1", "rank 1: error: ")):
+        monkeypatch.setenv("RANK", rank)
+        assert run(train, "--config_path", tmp_path / "no.yaml") == 2
+        assert capsys.readouterr().err.startswith(start_of_line)
+
+
 def test_argparse_errors_are_exit_codes(capsys):
     for script in (train, distill, sample):
         assert script.main([]) == 2

@@ -38,9 +38,9 @@ def run_command(work: Callable[[], None], if_stopped: str = "stopped") -> int:
     except InputError as error:
         return _fail(f"error: {error}", BAD_INPUT)
     except Stopped as stopped:
-        return _fail(str(stopped), INTERRUPTED)
+        return _fail(str(stopped), INTERRUPTED) if leads() else INTERRUPTED
     except KeyboardInterrupt:
-        return _fail(if_stopped, INTERRUPTED)
+        return _fail(if_stopped, INTERRUPTED) if leads() else INTERRUPTED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror or error}", BAD_INPUT)
@@ -57,8 +57,9 @@ _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memo
 
 
 def _fail(message: str, code: int) -> int:
-    if leads():
-        print(" ".join(message.split()), file=sys.stderr)
+    # An error may be that of one machine alone, so every process tells its own.
+    who = "" if leads() else f"rank {os.environ['RANK']}: "
+    print(who + " ".join(message.split()), file=sys.stderr)
     return code
 
 
