@@ -68,14 +68,13 @@ def distill(arguments: argparse.Namespace) -> None:
         own_rows(recipe.batch_size, recipe.accumulate, world)  # or refused, before all else
         run = Run(config, name, output, world, build_dataset(config, world.device))
         begin(run, "student-", arguments.restart)
-        report = LadderReport(run, base, base_path) if world.leads else None
+        report = LadderReport(run, base, base_path)
         teacher = base
         for position in range(len(recipe.ladder())):
             teacher = train_student(run, teacher, position)
-            if report is not None:
-                report.add(teacher)
-        if report is not None:
-            report.finish()
+            report.add(teacher)
+        report.finish()
+        if world.leads:
             draw_loss_curve(output)
     say(
         f"\ndistilled to {teacher.num_steps} steps: {output}/student-*.pt; the table in "

@@ -38,13 +38,13 @@ class LadderReport:
     """What is known of a ladder, stage by stage: images, errors, table, grids, pictures.
 
     base: the checkpoint that the ladder began with, by whose finest images it is measured, and
-    base_path, where it lies.
+    base_path, where it lies. The processes of a run share the sampling; the first one writes.
     """
 
     def __init__(self, run: Run, base: Checkpoint, base_path: Path) -> None:
         self.run, self.base, self.base_path = run, base, base_path
         path = run.output / "images.safetensors"
-        self.trajectories = Trajectories(path, run.config, run.world.device)
+        self.trajectories = Trajectories(path, run.config, run.world)
         self.reference_steps = reference_steps(base, run.config)
         self.teachers: dict[int, Tensor] = {}
         self.students: dict[int, Tensor] = {}
@@ -66,6 +66,8 @@ class LadderReport:
         error = trajectory_error(images, self.teachers[self.reference_steps])
         row = LadderRow(num_steps, student.update, error, self._error_of_teacher(num_steps))
         self.rows.append(row)
+        if not self.run.world.leads:
+            return
         grid = make_grid(decode(images[: self.run.config.sampling.grid]))
         save_png(output / f"student-{num_steps}.png", grid, scale=2)
         write_table(output, self.run.name, self.rows, self.reference_steps, self.table())
@@ -80,6 +82,8 @@ class LadderReport:
 
     def finish(self) -> None:
         """Draws the pictures and prints the table."""
+        if not self.run.world.leads:
+            return
         draw_pictures(self.run.output, self.teachers, self.students, self.reference_steps)
         say(self.table())
 

@@ -1,5 +1,6 @@
 """Trajectory agreement: how far a student's images lie from its teacher's, from the same noise."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from utils.build import (
 )
 from utils.checkpoint import Checkpoint, digest
 from utils.config import Config
+from utils.distributed import World
 from utils.files import atomic_write
 from utils.randomness import ImageNoise
 from utils.sampling import class_labels, sample_batch
@@ -60,32 +62,47 @@ def trajectory_error(
 
 
 class Trajectories:
-    """The images of a ladder's networks from the same noise, made once and kept in a file."""
+    """The images of a ladder's networks from the same noise, made once and kept in a file.
 
-    def __init__(self, path: Path, config: Config, device: torch.device) -> None:
-        self.path, self.config, self.device = path, config, device
+    All processes ask for the same images and share the work; the first keeps the file.
+    """
+
+    def __init__(self, path: Path, config: Config, world: World) -> None:
+        self.path, self.config, self.world = path, config, world
         self.images: dict[str, Tensor] = {}
-        if path.exists():
+        if world.leads and path.exists():
             try:
                 self.images = load_file(path)
             except (SafetensorError, OSError):
                 path.unlink()  # damaged: what it held can be made again
 
     def of(self, checkpoint: Checkpoint, where: Path, num_steps: int, title: str) -> Tensor:
-        """The unclipped DDIM images in so many steps of the checkpoint that lies there."""
+        """The unclipped DDIM images in so many steps of the checkpoint that lies there.
+
+        Of all images in the first process; in the others they are not to be looked at.
+        """
+        count = max(NUM_IMAGES, self.config.sampling.grid)
         key = f"{num_steps} {self.config.sampling.grid} {digest(checkpoint.weights)}"
-        if key not in self.images:
-            network = build_network(self.config, self.device).eval()
-            load_weights(network, checkpoint.weights, where)
-            denoiser = build_denoiser(self.config, network, self.device)
-            count = max(NUM_IMAGES, self.config.sampling.grid)
-            parts = [range(n, min(n + 64, count)) for n in range(0, count, 64)]
-            self.images[key] = torch.cat(
-                [
-                    ddim_images(self.config, denoiser, num_steps, part, self.device, title)
-                    for part in parts
-                ]
+        if not self.world.agree(int(key in self.images)):
+            self.images[key] = self._draw(checkpoint, where, num_steps, count, title)
+            if self.world.leads:
+                with atomic_write(self.path) as file:
+                    file.write(save(self.images))
+        return self.images.get(key, torch.zeros(count, *image_shape(self.config)))
+
+    def _draw(
+        self, checkpoint: Checkpoint, where: Path, num_steps: int, count: int, title: str
+    ) -> Tensor:
+        """Each process draws its share, and all get all."""
+        device = self.world.device
+        network = build_network(self.config, device).eval()
+        load_weights(network, checkpoint.weights, where)
+        denoiser = build_denoiser(self.config, network, device)
+        size = min(64, math.ceil(count / self.world.size))
+        images = torch.zeros(count, *image_shape(self.config))
+        for start in range(size * self.world.rank, count, size * self.world.size):
+            part = range(start, min(start + size, count))
+            images[part.start : part.stop] = ddim_images(
+                self.config, denoiser, num_steps, part, device, title
             )
-            with atomic_write(self.path) as file:
-                file.write(save(self.images))
-        return self.images[key]
+        return self.world.sum(images.to(device)).cpu()

@@ -145,7 +145,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(workshop, tmp_p
     newest.write_bytes(newest.read_bytes()[:1000])
     assert run(train, "--config_path", workshop["config"], "--output", base) == 0
     said = capsys.readouterr()
-    assert "taking the one before it" in said.err
+    assert "set aside as diffusion-4.pt.damaged; taking the one before it" in said.err
+    assert (base / "diffusion-4.pt.damaged").stat().st_size == 1000
     assert "going on from" in said.out
     assert digest(load_checkpoint(newest).model) == digest(
         load_checkpoint(workshop["teacher"]).model

@@ -41,6 +41,10 @@ class World:
         distributed.broadcast(tensor, 0)
         return int(tensor)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in some process, for all."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:

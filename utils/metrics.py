@@ -43,13 +43,11 @@ class MetricsLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
+        self.kept: list[dict[str, Any]] = []
         if path.exists():
-            kept = [
-                f"{json.dumps(entry)}\n"
-                for entry in read_metrics(path)
-                if (entry["stage"], entry["update"]) <= (stage, update)
-            ]
-            write_text(path, "".join(kept))
+            entries = read_metrics(path)
+            self.kept = [e for e in entries if (e["stage"], e["update"]) <= (stage, update)]
+            write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in self.kept))
         self.file = path.open("a")
         self.board = SummaryWriter(
             str(folder / "tensorboard" / f"stage-{stage}"), purge_step=update

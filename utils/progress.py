@@ -8,7 +8,9 @@ from tqdm import tqdm
 from utils.command import leads
 
 
-def progress_bar(total: int, title: str, unit: str, initial: int = 0, leave: bool = True) -> Any:
+def progress_bar(
+    total: int, title: str, unit: str, initial: int = 0, leave: bool = True, shown: bool = True
+) -> Any:
     """A tqdm bar on standard error; in a file a line every half minute."""
     return tqdm(
         total=total,
@@ -16,6 +18,6 @@ def progress_bar(total: int, title: str, unit: str, initial: int = 0, leave: boo
         desc=title,
         unit=unit,
         leave=leave,
-        disable=not leads(),
+        disable=not (shown and leads()),
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
     )

@@ -39,13 +39,18 @@ def prune(folder: Path, prefix: str, keep: int | None, milestone_every: int | No
 
 
 def newest_whole(paths: Sequence[Path]) -> tuple[Path, Checkpoint] | None:
-    """The first of the checkpoints that is whole; one warning for each that is damaged."""
+    """The first of the checkpoints that is whole.
+
+    Each that is damaged is renamed, with a warning: it is no checkpoint any more, and must not
+    count as one when older ones are deleted.
+    """
     for n, path in enumerate(paths):
         try:
             return path, load_checkpoint(path)
         except DamagedCheckpoint as error:
             rest = "taking the one before it" if n + 1 < len(paths) else "there is none before it"
-            warn(f"{error}; {rest}")
+            path.replace(path.with_name(f"{path.name}.damaged"))
+            warn(f"{error}; set aside as {path.name}.damaged; {rest}")
     return None
 
 

@@ -1,5 +1,6 @@
 """From a checkpoint to images: the noise of each image, the sampler, batches, files."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,20 +145,22 @@ class SampleRequest:
         )
         return decode(x).cpu()
 
-    def draw_all(self, count: int) -> Tensor:
-        """The first images, a batch at a time, in this process alone."""
-        starts = range(0, count, self.batch_size)
-        return torch.cat([self.draw(range(s, min(count, s + self.batch_size))) for s in starts])
+    def draw_all(self, count: int, bar: bool = False) -> Tensor:
+        """The first images: each process draws its share of them, and all get all of them."""
+        images = torch.zeros(count, *image_shape(self.config), dtype=torch.uint8)
+        for indices, drawn in self.batches(count, bar):
+            images[indices.start : indices.stop] = drawn
+        return self.world.sum(images.to(self.world.device)).cpu()
 
-    def batches(self, count: int) -> Iterator[tuple[range, Tensor]]:
-        """This process's share of the first images, a batch at a time, with a bar."""
-        step = self.batch_size * self.world.size
-        starts = range(self.batch_size * self.world.rank, count, step)
-        with progress_bar(count, "images", "image") as bar:
+    def batches(self, count: int, bar: bool = True) -> Iterator[tuple[range, Tensor]]:
+        """This process's share of the first images, a batch at a time."""
+        size = min(self.batch_size, math.ceil(count / self.world.size))
+        starts = range(size * self.world.rank, count, size * self.world.size)
+        with progress_bar(count, "images", "image", shown=bar) as images:
             for start in starts:
-                indices = range(start, min(count, start + self.batch_size))
+                indices = range(start, min(count, start + size))
                 yield indices, self.draw(indices)
-                bar.update(min(count - bar.n, len(indices) * self.world.size))
+                images.update(min(count - images.n, len(indices) * self.world.size))
 
 
 def _parse_labels(text: str | None, num_classes: int | None) -> Sequence[int] | None:
@@ -182,13 +185,15 @@ def write_grid(
 ) -> list[Path]:
     """Writes a grid of images; with trajectory, a GIF and a strip of the denoising beside it.
 
-    One process does it.
+    The processes share a grid's images; a trajectory is drawn by one alone.
     """
+    if not trajectory:
+        grid = make_grid(request.draw_all(count))
+        if request.world.leads:
+            save_png(path, grid, scale=2)
+        return [path]
     if not request.world.leads:
         return []
-    if not trajectory:
-        save_png(path, make_grid(request.draw_all(count)), scale=2)
-        return [path]
     frames: list[Tensor] = []
     strip: list[Tensor] = []
     kept = {round(n * (request.num_steps - 1) / 11) for n in range(12)}
@@ -224,10 +229,7 @@ def write_folder(folder: Path, request: SampleRequest, count: int) -> list[Path]
 
 def write_npz(path: Path, request: SampleRequest, count: int) -> list[Path]:
     """Writes one array arr_0, uint8 (N, H, W, C), as the common evaluation suites read it."""
-    images = torch.zeros(count, *image_shape(request.config), dtype=torch.uint8)
-    for indices, drawn in request.batches(count):
-        images[indices.start : indices.stop] = drawn
-    images = request.world.sum(images.to(request.world.device)).cpu()
+    images = request.draw_all(count, bar=True)
     if request.world.leads:
         with atomic_write(path) as file:
             np.savez(file, rearrange(images, "n c h w -> n h w c").numpy())

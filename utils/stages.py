@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from utils.runs import (
 )
 from utils.sampling import SampleRequest
 from utils.training import (
+    Callbacks,
     Plan,
     Trainee,
     base_objective,
@@ -68,6 +70,7 @@ class Run:
         *,
         updates_after: int = 0,
         ema_decay: float | None = None,
+        noted: dict[str, Any] | None = None,
     ) -> Plan:
         """How a stage is trained: stage 0 as config.training says, others as distillation does."""
         recipe = self.config.training if stage == 0 else self.config.distillation
@@ -82,6 +85,7 @@ class Run:
             accumulate=recipe.accumulate,
             updates_after=updates_after,
             ema_decay=ema_decay,
+            noted=noted or {},
             horizontal_flip=self.config.data.horizontal_flip,
             conditional=self.config.model.num_classes is not None,
         )
@@ -109,15 +113,9 @@ def train_base(run: Run) -> Path:
     trainee = Trainee(network, run.world.wrap(network), ema, optimizer, run.scaler())
     newest = run.newest(numbered(run.output, "diffusion-"))
     if newest is not None:
-        path, stored = newest
-        if stored.kind != "base" or stored.optimizer is None:
-            raise InputError(f"{path}: not a base model in training; give another --output")
-        sections = ("seed", "data", "model", "diffusion", "training")
-        # At a constant rate a longer run begins as the shorter one did.
-        longer = training.learning_rate_decay == "none" and training.updates >= stored.update
-        free = ["training.updates"] if longer else []
-        require_same_run(path, stored.config, config, sections, free)
-        _go_on(trainee, path, stored)
+        _require_same_base(*newest, config)
+        _go_on(trainee, *newest)
+    sampled = build_denoiser(config, ema, run.world.device)
 
     def snapshot() -> Checkpoint:
         return Checkpoint(
@@ -136,16 +134,19 @@ def train_base(run: Run) -> Path:
     def path_now() -> Path:
         return run.output / f"diffusion-{trainee.update}.pt"
 
-    def draw() -> Tensor:
-        denoiser = build_denoiser(config, ema, run.world.device)
-        request = SampleRequest.of(snapshot(), denoiser, run.world)
-        images = request.draw_all(config.sampling.grid)
-        save_png(path_now().with_suffix(".png"), make_grid(images), scale=2)
-        return images
+    def prune_old() -> None:
+        prune(run.output, "diffusion-", training.keep_checkpoints, training.milestone_every)
 
     def save() -> None:
         save_checkpoint(path_now(), snapshot())
-        prune(run.output, "diffusion-", training.keep_checkpoints, training.milestone_every)
+        prune_old()
+
+    def draw() -> Tensor:
+        request = SampleRequest.of(snapshot(), sampled, run.world)
+        images = request.draw_all(config.sampling.grid)
+        if run.world.leads:
+            save_png(path_now().with_suffix(".png"), make_grid(images), scale=2)
+        return images
 
     objective = base_objective(
         build_denoiser(config, trainee.called, run.world.device),
@@ -153,20 +154,11 @@ def train_base(run: Run) -> Path:
         config.diffusion.loss_weight,
         stratified=training.times == "stratified",
     )
-    run_stage(
-        trainee,
-        run.plan(0, training.updates, base_rate(training), ema_decay=training.ema_decay),
-        run.dataset,
-        objective,
-        run.world,
-        folder=run.output,
-        save=save,
-        draw=draw,
-        title=run.name,
-    )
-    # A run may have been stopped between its last save and the grid.
-    if run.world.leads and not path_now().with_suffix(".png").exists():
-        draw()
+    if run.world.leads:
+        prune_old()  # a kill may have come before it
+    plan = run.plan(0, training.updates, base_rate(training), ema_decay=training.ema_decay)
+    callbacks = Callbacks(save, draw)
+    run_stage(trainee, plan, run.dataset, objective, run.world, run.output, callbacks, run.name)
     return path_now()
 
 
@@ -220,25 +212,16 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
         num_steps,
         distillation.loss_weight,
     )
-    run_stage(
-        trainee,
-        run.plan(
-            student.stage,
-            updates,
-            partial(decay_to_zero, rate, updates),
-            updates_after=sum(
-                distillation.stage(later)[0]
-                for later in range(position + 1, distillation.iterations)
-            ),
-        ),
-        run.dataset,
-        objective,
-        run.world,
-        folder=run.output,
-        save=save,
-        title=f"student {num_steps}",
-        num_steps=num_steps,
+    later = range(position + 1, distillation.iterations)
+    plan = run.plan(
+        student.stage,
+        updates,
+        partial(decay_to_zero, rate, updates),
+        updates_after=sum(distillation.stage(n)[0] for n in later),
+        noted={"num_steps": num_steps},
     )
+    title = f"student {num_steps}"
+    run_stage(trainee, plan, run.dataset, objective, run.world, run.output, Callbacks(save), title)
     return snapshot()
 
 
@@ -253,6 +236,16 @@ def _untrained_student(run: Run, teacher: Checkpoint, num_steps: int) -> Checkpo
         model=teacher.weights,
         lineage={"teacher": digest(teacher.weights)},
     )
+
+
+def _require_same_base(path: Path, stored: Checkpoint, wanted: Config) -> None:
+    """A base model goes on only as the run it was, but for more updates at a constant rate."""
+    if stored.kind != "base" or stored.optimizer is None:
+        raise InputError(f"{path}: not a base model in training; give another --output")
+    training = wanted.training
+    longer = training.learning_rate_decay == "none" and training.updates >= stored.update
+    sections = ("seed", "data", "model", "diffusion", "training")
+    require_same_run(path, stored.config, wanted, sections, ["training.updates"] if longer else [])
 
 
 def _go_on(trainee: Trainee, path: Path, stored: Checkpoint) -> None:

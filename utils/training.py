@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,11 @@ class Plan:
     ema_decay: float | None = None
     horizontal_flip: bool = False
     conditional: bool = False
+    noted: dict[str, Any] = field(default_factory=dict)
+
+    def saves_at(self, update: int) -> bool:
+        """Whether a checkpoint is due after so many updates."""
+        return update == self.updates or (update > 0 and update % self.checkpoint_every == 0)
 
 
 @dataclass
@@ -101,6 +106,17 @@ class Metrics(NamedTuple):
     stop: bool
     losses: Tensor
     logsnr: Tensor
+
+
+class Callbacks(NamedTuple):
+    """What a stage does when a checkpoint is due, after every plan.checkpoint_every updates.
+
+    save: writes the checkpoint; called by one process. draw: writes a picture and returns its
+    images; called by all, and first of all where a kill came between a checkpoint and its picture.
+    """
+
+    save: Callable[[], None]
+    draw: Callable[[], Tensor] | None = None
 
 
 def make_optimizer(network: nn.Module, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -321,19 +337,14 @@ def run_stage(
     dataset: Dataset,
     objective: Objective,
     world: World,
-    *,
     folder: Path,
-    save: Callable[[], None],
-    draw: Callable[[], Tensor] | None = None,
+    callbacks: Callbacks,
     title: str,
-    **noted: Any,
 ) -> None:
     """Trains the stage to its end with a progress bar, metrics and checkpoints on the way.
 
-    save is called, then draw, which writes and returns a picture's images, after every
-    plan.checkpoint_every updates and after the last one, by the process that writes. When a process
-    is asked to stop, save is called and Stopped raised in all. folder: of metrics.jsonl and
-    tensorboard/; noted: goes into every line of the metrics.
+    folder: of metrics.jsonl and tensorboard/. When a process is asked to stop, a checkpoint is
+    saved and Stopped raised in all.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
@@ -341,23 +352,37 @@ def run_stage(
         if world.leads:
             log = stack.enter_context(MetricsLog(folder, plan.stage, trainee.update))
             bar = stack.enter_context(progress_bar(plan.updates, title, "update", trainee.update))
-            monitor = Monitor(log, bar, plan, world.device, noted)
-        steps = updates(trainee, plan, dataset, objective, world, lambda: stop.requested)
-        for metrics in steps:
-            last = trainee.update == plan.updates
+            monitor = Monitor(log, bar, plan, world.device)
+
+        def show() -> None:
+            if callbacks.draw is None:
+                return
+            stop.urgent = True  # all is saved, and a picture takes its time
+            images = callbacks.draw()
+            stop.urgent = False
+            if monitor is not None:
+                monitor.show(images, trainee.update)
+
+        # A kill may have come between a checkpoint and its picture.
+        if plan.saves_at(trainee.update) and world.any(
+            monitor is not None and not monitor.shown(trainee.update)
+        ):
+            show()
+        for metrics in updates(trainee, plan, dataset, objective, world, lambda: stop.requested):
+            stopping = metrics.stop
             # Weights that give no finite gradient are no place to go on from.
-            due = last or (trainee.update % plan.checkpoint_every == 0 and not metrics.skipped)
+            last = trainee.update == plan.updates
+            due = plan.saves_at(trainee.update) and (last or not metrics.skipped)
             if monitor is not None:
                 monitor.after(metrics)
-                if due or metrics.stop:
+            if due or stopping:
+                if monitor is not None:
                     monitor.log.flush()
-                    save()
-                if due and draw is not None and not stop.requested:
-                    stop.urgent = True  # it is saved, and a picture takes its time
-                    monitor.show(draw(), trainee.update)
-                    stop.urgent = False
-            late = last and world.sum(torch.tensor(float(stop.requested), device=world.device)) > 0
-            if metrics.stop or late:
+                    callbacks.save()
+                stopping = world.any(stop.requested)
+            if due and not stopping:
+                show()
+            if stopping:
                 raise Stopped(
                     f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
                     "run the same command again to go on"
@@ -367,11 +392,9 @@ def run_stage(
 class Monitor:
     """What an update is told of: a line of metrics, a tick of the bar, the losses' bins."""
 
-    def __init__(
-        self, log: MetricsLog, bar: Any, plan: Plan, device: torch.device, noted: dict[str, Any]
-    ) -> None:
+    def __init__(self, log: MetricsLog, bar: Any, plan: Plan, device: torch.device) -> None:
         self.log, self.bar, self.plan = log, bar, plan
-        self.where = {"stage": plan.stage, **noted}
+        self.where = {"stage": plan.stage, **plan.noted}
         self.bins = LossBins(device)
         self.last = time.perf_counter()
 
@@ -388,8 +411,7 @@ class Monitor:
         }
         if not metrics.skipped:
             self.bins.add(metrics.losses, metrics.logsnr)
-        every, last = (BINNED_EVERY, self.plan.checkpoint_every), self.plan.updates
-        if metrics.update == last or any(metrics.update % n == 0 for n in every):
+        if metrics.update % BINNED_EVERY == 0 or self.plan.saves_at(metrics.update):
             values |= self.bins.read()  # before a save too, as a resumed run begins with none
         self.log.write(metrics.update, values, **self.where)
         text = f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, {speed:.0f} images/s"
@@ -403,5 +425,13 @@ class Monitor:
     def show(self, images: Tensor, update: int) -> None:
         """Notes what was drawn: uint8 images (B, C, H, W)."""
         self.log.write(update, sample_statistics(images), **self.where)
+        self.log.flush()
         self.log.picture("samples", make_grid(images), update)
         self.last = time.perf_counter()
+
+    def shown(self, update: int) -> bool:
+        """Whether an earlier run, that this one goes on from, has noted what was drawn then."""
+        there = (self.plan.stage, update)
+        return any(
+            "samples_mean" in e and (e["stage"], e["update"]) == there for e in self.log.kept
+        )

@@ -11,6 +11,7 @@ from tests.toys import tiny
 from utils.build import build_network
 from utils.checkpoint import Checkpoint
 from utils.config import make_config
+from utils.distributed import World
 
 CPU = torch.device("cpu")
 HERE = Path("a.pt")
@@ -35,7 +36,7 @@ def test_the_trajectory_error_is_the_mean_square_unclipped():
 
 def test_every_network_starts_from_the_same_noise_and_finer_grids_come_closer(tmp_path):
     config = make_config(tiny(), "x")
-    trajectories = Trajectories(tmp_path / "images.safetensors", config, CPU)
+    trajectories = Trajectories(tmp_path / "images.safetensors", config, World(CPU))
     teacher = base(config)
     finest = trajectories.of(teacher, HERE, 256, "")
     errors = [
@@ -49,20 +50,20 @@ def test_every_network_starts_from_the_same_noise_and_finer_grids_come_closer(tm
 def test_images_are_kept_and_not_made_twice(tmp_path, monkeypatch):
     config, path = make_config(tiny(), "x"), tmp_path / "images.safetensors"
     teacher = base(config)
-    first = Trajectories(path, config, CPU).of(teacher, HERE, 2, "")
+    first = Trajectories(path, config, World(CPU)).of(teacher, HERE, 2, "")
     with monkeypatch.context() as patch:
         patch.setattr("evaluation.trajectory.ddim_images", lambda *_: pytest.fail("made twice"))
-        assert torch.equal(Trajectories(path, config, CPU).of(teacher, HERE, 2, ""), first)
+        assert torch.equal(Trajectories(path, config, World(CPU)).of(teacher, HERE, 2, ""), first)
     path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(Trajectories(path, config, CPU).of(teacher, HERE, 2, ""), first)
+    assert torch.equal(Trajectories(path, config, World(CPU)).of(teacher, HERE, 2, ""), first)
 
 
 def test_a_larger_grid_gives_more_images_and_the_same_first_ones(tmp_path):
     config = make_config(tiny(), "x")
     larger = make_config(tiny(sampling={"grid": 70}), "x")
     teacher = base(config)
-    few = Trajectories(tmp_path / "a", config, CPU).of(teacher, HERE, 2, "")
-    many = Trajectories(tmp_path / "b", larger, CPU).of(teacher, HERE, 2, "")
+    few = Trajectories(tmp_path / "a", config, World(CPU)).of(teacher, HERE, 2, "")
+    many = Trajectories(tmp_path / "b", larger, World(CPU)).of(teacher, HERE, 2, "")
     assert len(many) == 70
     torch.testing.assert_close(many[:64], few)
 
