@@ -6,12 +6,13 @@ CONFIG := configs/quickstart.yaml
 NEWEST = $$(ls output/quickstart/diffusion-*.pt | sort -V | tail -n 1)
 RESULTS := output/distilled/quickstart
 
-.PHONY: help quickstart test test-slow lint format mutants clean
+.PHONY: help quickstart test test-slow torture lint format mutants clean
 
 help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
+	@echo 'make torture      200 kills, 1,000 damaged files, 10,000 configs (about half an hour)'
 	@echo 'make mutants      break the formulas on purpose and see the tests fail'
 	@echo 'make format       format the code'
 	@echo 'make clean        delete the virtual environment and the caches; results in output/ stay'
@@ -44,6 +45,10 @@ test: lint
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+torture: $(VENV)/.installed-dev
+	KILLS=200 DAMAGED=1000 CONFIG_EXAMPLES=10000 $(BIN)/python -m pytest -s tests/test_kills.py \
+		tests/test_hostile.py tests/test_configs.py
 
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.mutants

@@ -1,9 +1,13 @@
 """Checkpoints made to do harm: pickles of many opcodes and gadgets, none of which may run."""
 
+import contextlib
 import io
+import os
 import pickle
 import random
+import resource
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch
 from tests.utils.test_checkpoint import checkpoint
 from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.command import InputError
+from utils.runs import newest_whole, numbered
 
 # module, name, and what it is called with; {0} is a file that must not appear
 GADGETS = [
@@ -100,40 +105,65 @@ def test_the_pickles_are_live(tmp_path, style):
     assert marker.exists()
 
 
-def test_a_hundred_damaged_checkpoints_are_found(tmp_path):
-    """Cut, bits flipped, zeros written over, parts swapped: an error, or all of the content."""
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, checkpoint())
-    whole, content = path.read_bytes(), digest(vars(load_checkpoint(path)))
-    rng = random.Random(1)
+DAMAGED = int(os.environ.get("DAMAGED", 100))
+KINDS = ("cut", "flipped", "zeros", "swapped", "disk full")
 
-    def damaged(kind):
-        data, size = bytearray(whole), len(whole)
-        at, length = rng.randrange(size), rng.randrange(1, 4096)
-        if kind == "cut":
-            return data[:at]
-        if kind == "flipped":
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == "zeros":
-            data[at : at + length] = bytes(len(data[at : at + length]))
+
+def damage(path, kind, rng):
+    """Does to the file what an accident would."""
+    data = bytearray(path.read_bytes())
+    at, length = rng.randrange(len(data)), rng.randrange(1, 4096)
+    if kind == "cut":
+        data = data[:at]
+    elif kind == "flipped":
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == "zeros":
+        data[at : at + length] = bytes(len(data[at : at + length]))
+    else:
+        middle = len(data) // 2
+        data = data[middle:] + data[:middle]
+        data[at] ^= 255
+    path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def files_no_longer_than(size):
+    """What a full disk does to a writer: the system refuses what goes beyond."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    """Cut, a bit flipped, zeros written over, parts swapped: found, and the one before is taken."""
+    before, newest = tmp_path / "diffusion-1.pt", tmp_path / "diffusion-2.pt"
+    older, newer = checkpoint(update=1), checkpoint(update=2)
+    save_checkpoint(before, older)
+    save_checkpoint(newest, newer)
+    whole, rng = newest.read_bytes(), random.Random(1)
+    contents = {path: digest(vars(load_checkpoint(path))) for path in (before, newest)}
+    found = Counter()
+    for n in range(DAMAGED):
+        kind = KINDS[n % len(KINDS)]
+        if kind == "disk full":
+            newest.unlink()
+            with files_no_longer_than(rng.randrange(len(whole))), pytest.raises(OSError, match="n"):
+                save_checkpoint(newest, newer)
         else:
-            middle = size // 2
-            data = data[middle:] + data[:middle]
-            data[at] ^= 255
-        return data
-
-    found = 0
-    for n in range(100):
-        kind = ("cut", "flipped", "zeros", "swapped")[n % 4]
-        path.write_bytes(damaged(kind))
-        try:
-            loaded = load_checkpoint(path)
-        except InputError:
-            found += 1
-        else:  # what was hit is not read: padding, or zeros over zeros
-            assert kind in ("flipped", "zeros")
-            assert digest(vars(loaded)) == content
-    assert found > 85
+            newest.write_bytes(whole)
+            damage(newest, kind, rng)
+        path, taken = newest_whole(numbered(tmp_path, "diffusion-"))
+        assert digest(vars(taken)) == contents[path]
+        found[kind] += path == before
+        # what was hit and is not found is not read: padding, or zeros over zeros
+        assert path == before or kind in ("flipped", "zeros")
+        assert not list(tmp_path.glob(".*.tmp"))
+        newest.write_bytes(whole)
+    print(f"\n{DAMAGED} damaged checkpoints, by kind those whose content was hit: {dict(found)}")
+    assert found.total() > 0.85 * DAMAGED
 
 
 def test_tensors_alone_are_loaded(tmp_path):

@@ -1,0 +1,25 @@
+"""Twenty kills of train.py and distill.py; make torture does two hundred."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+KILLS = os.environ.get("KILLS", "20")
+
+
+def test_a_killed_run_loses_nothing():
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kills", "--kills", KILLS],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(f"\n{result.stdout}")
+    kills, inside = re.search(r"(\d+) kills, (\d+) of them", result.stdout).groups()
+    assert kills == KILLS
+    assert int(inside) >= int(kills) / 4
+    assert "all the same" in result.stdout
