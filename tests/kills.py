@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import mmap
 import os
@@ -255,7 +256,8 @@ class Torture:
     def kill_somewhere(self, name: str, own_process: bool) -> None:
         """One kill at a random moment; own_process: of the script as the shell starts it."""
         while True:
-            delay = self.rng.uniform(0.0, 0.7 * self.seconds[name] + (6.0 if own_process else 0.0))
+            # of which the first part is the start, and a resumed run does not need the last
+            delay = self.rng.uniform(0.1, 0.8) * self.seconds[name] + (6.0 if own_process else 0.0)
             command = self.argv(name, "killed")
             if own_process:
                 with self.log.open("a") as log:
@@ -277,11 +279,12 @@ class Torture:
             self.compare(name)
 
     def run(self, kills: int) -> None:
-        """So many kills of either script by turns: each moment once, as far as they go."""
+        """So many kills of both scripts: half at each moment in turn, saves first, half anywhere."""
         named = [(name, moment) for name in self.commands for moment in self.moments[name]]
         self.rng.shuffle(named)
         saves = [n for n in named if "save" in n[1]]
-        plan = [*saves, *(n for n in named if n not in saves)][: kills // 2]
+        others = [n for n in named if n not in saves]
+        plan = list(itertools.islice(itertools.cycle([*saves, *others]), kills // 2))
         for n in range(kills - len(plan)):
             plan.append((("train", "distill")[n % 2], ""))
         self.rng.shuffle(plan)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +15,35 @@ import torch
 import yaml
 
 from tests.toys import tiny
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import digest, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("torchrun")  # what they share is made once
 
 
-def launch(processes, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)],
+def begin(processes, *arguments, options=("--standalone",)):
+    """Starts a script, under torchrun if there is to be more than one process."""
+    launcher = ["-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
+    distributed = processes > 1 or "--standalone" not in options
+    return subprocess.Popen(
+        [sys.executable, *(launcher if distributed else []), *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
     )
+
+
+def end(process):
+    """What the process said, which ends well."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def launch(processes, *arguments):
+    return end(begin(processes, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +59,7 @@ def runs(tmp_path_factory):
         train = ("train.py", "--config_path", config, "--output", base)
         distill = ("distill.py", "--teacher_model_checkpoint", base / "diffusion-4.pt")
         for command in (train, (*distill, "--output", ladder)):
-            result = launch(processes, *command)
-            assert result.returncode == 0, result.stderr
-            said[processes] = result.stdout
+            said[processes] = launch(processes, *command)
     return folder, said
 
 
@@ -87,8 +100,7 @@ def test_two_processes_share_the_images(runs, tmp_path):
     for processes in (1, 2):
         sample = ("sample.py", "--checkpoint", folder / "base-1" / "diffusion-4.pt", "--steps", 2)
         images = ("--count", 7, "--batch_size", 2, "--output", tmp_path / f"{processes}.npz")
-        result = launch(processes, *sample, *images)
-        assert result.returncode == 0, result.stderr
+        launch(processes, *sample, *images)
     one, two = (np.load(tmp_path / f"{n}.npz")["arr_0"].astype(int) for n in (1, 2))
     assert one.shape == two.shape == (7, 32, 32, 1)
     assert np.abs(one - two).max() <= 1
@@ -100,9 +112,51 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     out.mkdir()
     half = folder / "base-1" / "diffusion-2.pt"
     (out / half.name).write_bytes(half.read_bytes())
-    result = launch(2, "train.py", "--config_path", folder / "tiny.yaml", "--output", out)
-    assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stdout
+    said = launch(2, "train.py", "--config_path", folder / "tiny.yaml", "--output", out)
+    assert "going on from" in said
     one, two = (load_checkpoint(f / "diffusion-4.pt") for f in (folder / "base-1", out))
     for key, value in one.model.items():
         torch.testing.assert_close(two.model[key], value, rtol=1e-3, atol=2e-4)
+
+
+def workers_of(process):
+    """The processes that torchrun has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def same_weights(a, b):
+    one, two = load_checkpoint(a), load_checkpoint(b)
+    return all(digest(getattr(one, n)) == digest(getattr(two, n)) for n in ("model", "optimizer"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_killed_worker_is_restarted_and_the_run_goes_on(runs, tmp_path):
+    folder, _ = runs
+    more = ("--set", "training.updates=40", "training.checkpoint_every=5")
+    train = ("train.py", "--config_path", folder / "tiny.yaml", *more)
+    launch(2, *train, "--output", tmp_path / "undisturbed")
+    process = begin(
+        2, *train, "--output", tmp_path / "killed", options=("--standalone", "--max-restarts=1")
+    )
+    while not (tmp_path / "killed" / "diffusion-10.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    assert "going on from" in end(process)
+    last = [tmp_path / run / "diffusion-40.pt" for run in ("undisturbed", "killed")]
+    assert same_weights(*last), "bit-identical: as many processes, on the same machine"
+
+
+def test_two_machines_meet_by_c10d(runs, tmp_path):
+    """Two agents, as torchrun has them on two machines, of one process each."""
+    folder, _ = runs
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    options = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=two")
+    train = ("train.py", "--config_path", folder / "tiny.yaml", "--output", tmp_path)
+    agents = [begin(1, *train, options=options) for _ in range(2)]
+    said = [end(agent) for agent in agents]
+    assert "".join(said).count("trained:") == 1
+    assert same_weights(tmp_path / "diffusion-4.pt", folder / "base-2" / "diffusion-4.pt")

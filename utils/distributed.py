@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from utils.command import InputError
+from utils.command import InputError, warn
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ def join_world(device_name: str | None) -> Iterator[World]:
     if not launched:
         yield World(device)
         return
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        warn(
+            "torchrun --max-restarts: after a restart the processes may look for each other where "
+            "they were before (pytorch issue 135712), and fail; run it with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(device, distributed.get_rank(), distributed.get_world_size())
