@@ -66,96 +66,156 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 class Bench:
-    """The things to be timed, each a function without arguments, by name."""
+    """The things to be timed, each a function without arguments, by name.
+
+    gflop: the arithmetic of an image in each, by the same names. fastest: GFLOP/s of the fastest
+    convolution and the fastest matrix product at the network's own shapes.
+    """
 
     def __init__(self, config, device, steps: int) -> None:  # type: ignore[no-untyped-def]
         import torch
 
-        from diffusion.samplers import ddim
-        from diffusion.schedule import sampling_levels
-        from utils.build import build_denoiser, build_network, build_schedule, image_shape
-        from utils.data import MemoryDataset
-        from utils.distributed import World
-        from utils.training import Trainee, base_objective, make_optimizer, student_objective
+        from utils.build import build_schedule, image_shape
 
         self.config, self.device, self.steps = config, device, steps
         self.batch_size = config.training.batch_size
+        self.schedule = build_schedule(config)
         shape = image_shape(config)
-        schedule = build_schedule(config)
-        pixels = torch.randint(0, 256, (4 * self.batch_size, *shape), dtype=torch.uint8)
-        dataset = MemoryDataset(pixels.to(device), torch.zeros(len(pixels), device=device), None)
-        world = World(device)
-        z = torch.randn(self.batch_size, *shape, device=device)
-        logsnr = torch.linspace(-20, 20, self.batch_size, device=device)
-        scaler = torch.amp.GradScaler(device.type, enabled=config.engine.precision == "fp16")
-
-        def network():  # type: ignore[no-untyped-def]
-            made = build_network(config, device, dropout=0.0)
-            for parameter in made.parameters():
-                if not parameter.any():  # what begins at zero would be cheap
-                    torch.nn.init.normal_(parameter, std=0.02)
-            return made
-
-        def updates_of(objective_of, ema: bool):  # type: ignore[no-untyped-def]
-            trained = network()
-            average = copy.deepcopy(trained).requires_grad_(False) if ema else None
-            trainee = Trainee(trained, trained, average, make_optimizer(trained), scaler)
-            objective = objective_of(build_denoiser(config, trained, device))
-            return self._endless_updates(trainee, dataset, objective, world, ema)
-
-        teacher = network().requires_grad_(False).eval()
-        teaching = build_denoiser(config, teacher, device)
-        weight = config.diffusion.loss_weight
-        train = updates_of(lambda d: base_objective(d, schedule, weight), ema=True)
-        distil = updates_of(
-            lambda d: student_objective(d, teaching, schedule, 4, config.distillation.loss_weight),
-            ema=False,
+        self.pixels = torch.randint(
+            0, 256, (4 * self.batch_size, *shape), dtype=torch.uint8, device=device
         )
+        self.z = torch.randn(self.batch_size, *shape, device=device)
+        self.logsnr = torch.linspace(-20, 20, self.batch_size, device=device)
+        self.teacher = self.network().requires_grad_(False).eval()
+        self.teaching = self.denoiser(self.teacher)
+        self.parameters = sum(p.numel() for p in self.teacher.parameters())
+        self.measures: dict[str, Callable[[], object]] = {
+            **self.updates_measured(),
+            "plain training loop": plain_update(self.network(), self.pixels, self.schedule),
+            **self.sampling_measured(),
+        }
+        self.gflop = {
+            name: self.gflop_of(self.measures[name])
+            for name in ("bare training", "bare distillation", f"bare forwards, {steps}")
+        }
+        self.gflop |= {
+            "forward": self.gflop_of(lambda: self._bare_forwards(1)),
+            "training update": self.gflop["bare training"],
+            "distillation update": self.gflop["bare distillation"],
+            "plain training loop": self.gflop["bare training"],
+            f"sampling, {steps} steps": self.gflop[f"bare forwards, {steps}"],
+        }
+        self.fastest: dict[str, float] = {}
+        for name, kind in (
+            ("convolutions alone", torch.nn.Conv2d),
+            ("matrix products alone", torch.nn.Linear),
+        ):
+            self._add_layers(name, kind)
 
-        bare = network().train()
-        called = build_denoiser(config, bare, device).network
-        optimizer = make_optimizer(bare)
+    def network(self):  # type: ignore[no-untyped-def]
+        """A network of the config, no part of which is zero: that would be cheap."""
+        import torch
+
+        from utils.build import build_network
+
+        made = build_network(self.config, self.device, dropout=0.0)
+        for parameter in made.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        return made
+
+    def denoiser(self, network):  # type: ignore[no-untyped-def]
+        """The network as the engine calls it."""
+        from utils.build import build_denoiser
+
+        return build_denoiser(self.config, network, self.device)
+
+    def updates_measured(self) -> dict[str, Callable[[], object]]:
+        """The engine's updates, and the networks alone: forward, backward, Adam; two forwards."""
+        from utils.training import base_objective, make_optimizer, student_objective
+
+        config, schedule = self.config, self.schedule
+        train = self._endless_updates(
+            lambda d: base_objective(d, schedule, config.diffusion.loss_weight), ema=True
+        )
+        weight = config.distillation.loss_weight
+        distil = self._endless_updates(
+            lambda d: student_objective(d, self.teaching, schedule, 4, weight), ema=False
+        )
+        bare = self.network().train()
+        called, optimizer = self.denoiser(bare).network, make_optimizer(bare)
 
         def bare_update() -> None:
-            called(z, logsnr).float().square().mean().backward()
+            called(self.z, self.logsnr).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        @torch.no_grad()
-        def bare_forward(count: int) -> None:
-            for _ in range(count):
-                teaching.network(z, logsnr)
-
         def bare_distillation() -> None:
-            bare_forward(2)
+            self._bare_forwards(2)
             bare_update()
 
-        levels = sampling_levels(schedule, steps).to(device)
-        self.shapes = convolution_shapes(bare, z, logsnr)
-        self.gflop = {
-            "forward": gflop_of(lambda: bare_forward(1)) / self.batch_size,
-            "training update": gflop_of(bare_update) / self.batch_size,
-            "distillation update": gflop_of(bare_distillation) / self.batch_size,
-        }
-        self.parameters = sum(p.numel() for p in bare.parameters())
-        self.convolutions = {
-            name: best_layout(module, shape, device)
-            for name, (module, shape) in self.shapes.items()
-        }
-        self.measures: dict[str, Callable[[], object]] = {
+        return {
             "training update": lambda: next(train),
             "bare training": bare_update,
-            "plain training loop": plain_update(network(), pixels.to(device), schedule),
             "distillation update": lambda: next(distil),
             "bare distillation": bare_distillation,
-            f"sampling, {steps} steps": lambda: ddim(teaching, z, levels),
-            f"bare forwards, {steps}": lambda: bare_forward(steps),
-            "convolutions alone": self._convolutions_once,
         }
 
-    def _endless_updates(self, trainee, dataset, objective, world, ema):  # type: ignore[no-untyped-def]
-        from utils.training import Plan, updates
+    def sampling_measured(self) -> dict[str, Callable[[], object]]:
+        """DDIM, and as many forward passes."""
+        from diffusion.samplers import ddim
+        from diffusion.schedule import sampling_levels
 
+        levels = sampling_levels(self.schedule, self.steps).to(self.device)
+        return {
+            f"sampling, {self.steps} steps": lambda: ddim(self.teaching, self.z, levels),
+            f"bare forwards, {self.steps}": lambda: self._bare_forwards(self.steps),
+        }
+
+    def _bare_forwards(self, count: int) -> None:
+        import torch
+
+        with torch.no_grad():
+            for _ in range(count):
+                self.teaching.network(self.z, self.logsnr)
+
+    def gflop_of(self, work: Callable[[], object]) -> float:
+        """GFLOP an image of the convolutions and matrix products, by torch's own counter."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() / 1e9 / self.batch_size
+
+    def _add_layers(self, name: str, kind: type) -> None:
+        """Adds the network's layers of a kind, run one after another at their own shapes."""
+        runs, rates = [], []
+        for module, shape in layer_shapes(self.network(), kind, self.z, self.logsnr):
+            seconds, run = best_layout(module, shape, self.device)
+            runs.append(run)
+            rates.append(self.gflop_of(run) * self.batch_size / seconds)
+
+        def all_of_them() -> None:
+            for run in runs:
+                run()
+
+        self.measures[name] = all_of_them
+        self.gflop[name] = self.gflop_of(all_of_them)
+        self.fastest[name.removesuffix("s alone")] = max(rates)
+
+    def _endless_updates(self, objective_of, ema: bool):  # type: ignore[no-untyped-def]
+        """The engine's updates, for ever."""
+        import torch
+
+        from utils.data import MemoryDataset
+        from utils.distributed import World
+        from utils.training import Plan, Trainee, make_optimizer, updates
+
+        trained = self.network()
+        average = copy.deepcopy(trained).requires_grad_(False) if ema else None
+        fp16 = self.config.engine.precision == "fp16"
+        scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        labels = torch.zeros(len(self.pixels), device=self.device)
         plan = Plan(
             seed=0,
             stage=0,
@@ -166,11 +226,13 @@ class Bench:
             checkpoint_every=2**31,
             ema_decay=0.9999 if ema else None,
         )
-        return updates(trainee, plan, dataset, objective, world)
-
-    def _convolutions_once(self) -> None:
-        for run in self.convolutions.values():
-            run()
+        return updates(
+            Trainee(trained, trained, average, make_optimizer(trained), scaler),
+            plan,
+            MemoryDataset(self.pixels, labels, None),
+            objective_of(self.denoiser(trained)),
+            World(self.device),
+        )
 
 
 def plain_update(network, pixels, schedule) -> Callable[[], None]:  # type: ignore[no-untyped-def]
@@ -202,30 +264,19 @@ def plain_update(network, pixels, schedule) -> Callable[[], None]:  # type: igno
     return update
 
 
-# --- the network's own arithmetic -----------------------------------------------------------------
+# --- the network's own layers ---------------------------------------------------------------------
 
 
-def gflop_of(work: Callable[[], object]) -> float:
-    """The arithmetic of the work's convolutions and matrix products, by torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() / 1e9
-
-
-def convolution_shapes(network, z, logsnr):  # type: ignore[no-untyped-def]
-    """Every convolution that a forward pass meets: name -> (module, the shape of its input)."""
+def layer_shapes(network, kind, z, logsnr):  # type: ignore[no-untyped-def]
+    """Every layer of a kind that a forward pass meets: (module, the shape of its input)."""
     import torch
 
-    shapes, handles = {}, []
-    for name, module in network.named_modules():
-        if isinstance(module, torch.nn.Conv2d):
+    shapes = []
 
-            def note(module, inputs, output, name=name) -> None:  # type: ignore[no-untyped-def]
-                shapes[name] = (module, inputs[0].shape)
+    def note(module, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        shapes.append((module, inputs[0].shape))
 
-            handles.append(module.register_forward_hook(note))
+    handles = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, kind)]
     with torch.no_grad():
         network(z, logsnr)
     for handle in handles:
@@ -233,13 +284,14 @@ def convolution_shapes(network, z, logsnr):  # type: ignore[no-untyped-def]
     return shapes
 
 
-def best_layout(module, shape, device) -> Callable[[], None]:  # type: ignore[no-untyped-def]
-    """Forward and backward of one convolution alone, in the faster of the two memory formats."""
+def best_layout(module, shape, device):  # type: ignore[no-untyped-def]
+    """Forward and backward of one layer alone, in the faster memory format: (seconds, function)."""
     import torch
 
     def made(memory_format):  # type: ignore[no-untyped-def]
         layer = copy.deepcopy(module).to(memory_format=memory_format)
-        x = torch.randn(shape, device=device).to(memory_format=memory_format).requires_grad_()
+        x = torch.randn(shape, device=device)
+        x = (x.to(memory_format=memory_format) if x.ndim == 4 else x).requires_grad_()
         gradient = torch.randn_like(layer(x))
 
         def run() -> None:
@@ -258,22 +310,9 @@ def best_layout(module, shape, device) -> Callable[[], None]:  # type: ignore[no
             taken.append(time.perf_counter() - start)
         return min(taken)
 
-    return min((made(f) for f in (torch.contiguous_format, torch.channels_last)), key=seconds)
-
-
-def peak_of_matmul(device) -> float:  # type: ignore[no-untyped-def]
-    """GFLOP/s of a large matrix product: what the machine can do at best."""
-    import torch
-
-    a = torch.randn(1024, 1024, device=device)
-    taken = []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(taken) / 1e9
+    formats = (torch.contiguous_format, torch.channels_last)
+    timed = [(seconds(run), run) for run in map(made, formats)]
+    return min(timed, key=lambda pair: pair[0])
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -303,10 +342,8 @@ def summarise(times: dict[str, list[float]], bench: Bench, arguments: argparse.N
     for name, values in times.items():
         measures[name] = {"seconds": spread(values)}
         measures[name]["images_per_second"] = bench.batch_size / statistics.median(values)
-        gflop = bench.gflop.get(name.replace("bare training", "training update"))
-        if gflop is not None:
-            rate = gflop * bench.batch_size / statistics.median(values)
-            measures[name]["gflop_per_second"] = rate
+        rate = bench.gflop[name] * bench.batch_size / statistics.median(values)
+        measures[name]["gflop_per_second"] = rate
     ratios = {}
     steps = (f"{bench.steps} steps", str(bench.steps))
     for title, (top, bottom) in RATIOS.items():
@@ -324,7 +361,7 @@ def summarise(times: dict[str, list[float]], bench: Bench, arguments: argparse.N
         "batch_size": bench.batch_size,
         "parameters": bench.parameters,
         "gflop_per_image": bench.gflop,
-        "matmul_peak_gflop_per_second": peak_of_matmul(bench.device),
+        "fastest_gflop_per_second": bench.fastest,
         "peak_memory_mib": peak,
         "rounds": arguments.rounds,
         "measures": measures,
@@ -344,20 +381,23 @@ def table(result) -> str:  # type: ignore[no-untyped-def]
     ]
     for name, measure in result["measures"].items():
         s = {key: 1000 * value for key, value in measure["seconds"].items()}
-        rate = measure.get("gflop_per_second")
         lines.append(
             f"| {name} | {s['median']:.1f} ({s['lower_quartile']:.1f} .. {s['upper_quartile']:.1f})"
-            f" | {measure['images_per_second']:.0f} | {'' if rate is None else f'{rate:.0f}'} |"
+            f" | {measure['images_per_second']:.0f} | {measure['gflop_per_second']:.0f} |"
         )
     lines += ["", "| ratio, paired by round | median (quartiles) |", "|---|---:|"]
     for name, ratio in result["ratios"].items():
         low, high = ratio["lower_quartile"], ratio["upper_quartile"]
         lines.append(f"| {name} | {ratio['median']:.3f} ({low:.3f} .. {high:.3f}) |")
-    gflop = ", ".join(f"{k} {v:.3f}" for k, v in result["gflop_per_image"].items())
+    gflop = result["gflop_per_image"]
+    shown = ("forward", "training update", "distillation update")
+    fastest = ", ".join(
+        f"{k} {v:.0f} GFLOP/s" for k, v in result["fastest_gflop_per_second"].items()
+    )
     lines += [
         "",
-        f"GFLOP an image: {gflop}. Matrix products reach "
-        f"{result['matmul_peak_gflop_per_second']:.0f} GFLOP/s here. "
+        f"GFLOP an image: {', '.join(f'{name} {gflop[name]:.3f}' for name in shown)}.",
+        f"The fastest layers, forward and backward: {fastest}.",
         f"Peak memory {result['peak_memory_mib']:.0f} MiB.",
     ]
     return "\n".join(lines)

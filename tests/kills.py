@@ -279,7 +279,7 @@ class Torture:
             self.compare(name)
 
     def run(self, kills: int) -> None:
-        """So many kills of both scripts: half at each moment in turn, saves first, half anywhere."""
+        """So many kills: half of them at each moment in turn, saves first, the others anywhere."""
         named = [(name, moment) for name in self.commands for moment in self.moments[name]]
         self.rng.shuffle(named)
         saves = [n for n in named if "save" in n[1]]
