@@ -1,10 +1,13 @@
 import json
 
 import pytest
+import torch
 import yaml
 
-from benchmarks import throughput
+from benchmarks import cost, throughput
 from tests.toys import tiny
+from utils.build import build_network
+from utils.config import load_config
 
 
 def test_the_benchmark_measures_what_it_says(tmp_path, capsys):
@@ -27,9 +30,26 @@ def test_the_benchmark_measures_what_it_says(tmp_path, capsys):
 
 
 def test_the_flop_counter_counts_a_matrix_product():
-    import torch
-
     bench = throughput.Bench.__new__(throughput.Bench)
     bench.batch_size = 1
     a = torch.zeros(10, 10)
     assert bench.gflop_of(lambda: a @ a) == pytest.approx(2 * 10**3 / 1e9)
+
+
+def test_costs_are_counted_without_hardware(tmp_path, capsys):
+    """The same arithmetic as a real network's, and the largest network in no memory."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny()))
+    count = cost.cost_of(load_config(config, []))
+    bench = throughput.Bench.__new__(throughput.Bench)
+    bench.batch_size = 1
+    network = build_network(load_config(config, []), torch.device("cpu"))
+    counted = bench.gflop_of(lambda: network(torch.zeros(1, 1, 32, 32), torch.zeros(1)))
+    assert count["parameters"] == sum(p.numel() for p in network.parameters())
+    assert count["forward"] == pytest.approx(counted, rel=0.1)
+    assert count["training"] == pytest.approx(3 * counted, rel=0.1)
+    assert count["distillation"] == pytest.approx(count["training"] + 2 * count["forward"])
+    arguments = ["--config_path", "configs/paper/imagenet64.yaml", "--gpus", "64"]
+    assert cost.main(arguments) == 0
+    assert "| imagenet64 | 295.9 |" in capsys.readouterr().out
+    assert cost.main([*arguments, "--tflops", "0"]) == 2
