@@ -22,10 +22,11 @@ HEADER = (
     "|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 RUNS = (
-    "| config | batch of a GPU | update, ms | base model, h | ladder, h | 50,000 samples, h "
-    "| sent by a GPU in an update, MiB | all-reduce, ms | all-reduce / update |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    "| config | TFLOP/s of a GPU | batch of a GPU | arithmetic, ms | all-reduce, ms "
+    "| sent by a GPU, MiB | update, ms | base model, h | ladder, h | 50,000 samples, h |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
+H100 = {"tf32": 495.0, "fp32": 67.0, "bf16": 989.0, "fp16": 989.0}  # TFLOP/s, dense: NVIDIA's
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,13 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config_path", type=Path, nargs="+", required=True, metavar="FILE.yaml")
     parser.add_argument("--gpus", type=int, metavar="N", help="estimate the runs on N GPUs")
     parser.add_argument(
-        "--tflops", type=float, default=989.0, help="of a GPU at its peak (H100, bf16, dense: 989)"
+        "--tflops",
+        type=float,
+        help="of a GPU at its peak; by default an H100's in the config's engine.precision",
     )
     parser.add_argument(
         "--utilisation", type=float, default=0.3, help="share of the peak that is reached (0.3)"
     )
     parser.add_argument(
-        "--bandwidth", type=float, default=100.0, help="GB/s of a GPU in an all-reduce (100)"
+        "--bandwidth", type=float, default=200.0, help="GB/s of a GPU in an all-reduce (200)"
     )
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
@@ -54,12 +57,25 @@ def print_costs(arguments: argparse.Namespace) -> None:
 
     if arguments.gpus is not None and arguments.gpus < 1:
         raise InputError(f"--gpus {arguments.gpus}: take at least 1")
-    if min(arguments.tflops, arguments.utilisation, arguments.bandwidth) <= 0:
+    if (
+        min(
+            1 if arguments.tflops is None else arguments.tflops,
+            arguments.utilisation,
+            arguments.bandwidth,
+        )
+        <= 0
+    ):
         raise InputError("--tflops, --utilisation, --bandwidth: take numbers above 0")
-    configs = {path.stem: load_config(path, []) for path in arguments.config_path}
-    costs = {name: cost_of(config) for name, config in configs.items()}
+    configs = [(path.stem, load_config(path, [])) for path in arguments.config_path]
+    costs = [cost_of(config) for _, config in configs]
+    for name, config in configs:
+        least = min(config.training.batch_size, config.distillation.batch_size)
+        if arguments.gpus is not None and arguments.gpus > least:
+            raise InputError(
+                f"--gpus {arguments.gpus}: {name} has only {least} images in a batch; take fewer"
+            )
     print(HEADER)
-    for name, cost in costs.items():
+    for (name, _), cost in zip(configs, costs, strict=True):
         print(
             f"| {name} | {cost['parameters'] / 1e6:.1f} | {cost['forward']:.2f} | "
             f"{cost['training']:.2f} | {cost['distillation']:.2f} | {cost['activations']:.0f} | "
@@ -68,34 +84,42 @@ def print_costs(arguments: argparse.Namespace) -> None:
 
     if arguments.gpus is not None:
         print(f"\n{RUNS}")
-        for name, config in configs.items():
-            print(run_row(name, config, costs[name], arguments))
+        for (name, config), cost in zip(configs, costs, strict=True):
+            print(run_row(name, config, cost, arguments))
 
 
 def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Namespace) -> str:
     """What the base model's training and the ladder cost on the machine.
 
     Time: arithmetic over what the GPUs do in a second. A ring all-reduce moves 2 (n - 1) / n of
-    the gradients' bytes in and out of each of n GPUs, in float32.
+    the gradients' bytes in and out of each of n GPUs, in float32, while the backward pass still
+    computes: an update takes the longer of the two, after its forward passes.
     """
-    n, batch = machine.gpus, config.training.batch_size
-    gflop_per_second = n * machine.tflops * 1e3 * machine.utilisation
-    update = cost["training"] * batch / gflop_per_second
-    ladder = sum(
-        config.distillation.stage(k)[0]
-        * config.distillation.batch_size
-        * cost["distillation"]
-        / gflop_per_second
-        for k in range(config.distillation.iterations)
-    )
+    n, engine = machine.gpus, config.engine
+    precision = "tf32" if engine.precision == "fp32" and engine.tf32 else engine.precision
+    tflops = machine.tflops or H100[precision]
+    gflop_per_second = n * tflops * 1e3 * machine.utilisation
     moved = 2 * (n - 1) / n * cost["gradients"]
     wire = moved * 2**20 / 1e9 / machine.bandwidth
-    samples = 50_000 * config.sampling.steps * cost["forward"] / gflop_per_second
-    base = config.training.updates * update
-    hours = [f"{seconds / 3600:.2f}" for seconds in (base, ladder, samples)]
+    backward = cost["training"] - cost["forward"]
+
+    def seconds(kind: str, batch: int) -> float:
+        forward = (cost[kind] - backward) * batch / gflop_per_second
+        return forward + max(backward * batch / gflop_per_second, wire)
+
+    training, distillation = config.training, config.distillation
+    stages = sum(distillation.stage(k)[0] for k in range(distillation.iterations))
+    update = seconds("training", training.batch_size)
+    hours = [
+        training.updates * update / 3600,
+        stages * seconds("distillation", distillation.batch_size) / 3600,
+        50_000 * config.sampling.steps * cost["forward"] / gflop_per_second / 3600,
+    ]
+    arithmetic = cost["training"] * training.batch_size / gflop_per_second
     return (
-        f"| {name} | {batch // n} | {1e3 * update:.1f} | {' | '.join(hours)} | {moved:.0f} "
-        f"| {1e3 * wire:.1f} | {wire / update:.0%} |"
+        f"| {name} | {tflops:.0f} | {training.batch_size // n} | {1e3 * arithmetic:.1f} "
+        f"| {1e3 * wire:.1f} | {moved:.0f} | {1e3 * update:.1f} "
+        f"| {' | '.join(f'{h:.2f}' for h in hours)} |"
     )
 
 
@@ -112,7 +136,7 @@ def cost_of(config: Any) -> dict[str, float]:
     from utils.build import build_network, image_shape
 
     device = torch.device("meta")
-    network = build_network(config, device, dropout=0.0)
+    network = build_network(config, device)
     z = torch.empty(1, *image_shape(config), device=device)
     logsnr = torch.empty(1, device=device)
     kept: dict[int, int] = {}

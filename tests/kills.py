@@ -177,6 +177,11 @@ def difference(folder: Path, reference: Path) -> str | None:
     return f"content of {changed}" if changed else None
 
 
+def inside_a_save(place: str) -> bool:
+    """Whether a moment, or where a kill fell, is in the middle of writing a checkpoint."""
+    return "save >" in place or "save: at random" in place
+
+
 class Torture:
     """The two scripts' undisturbed runs, and the kills.
 
@@ -196,7 +201,10 @@ class Torture:
             "train": ["train.py", "--config_path", str(config)],
             "distill": ["distill.py", "--teacher_model_checkpoint", str(teacher)],
         }
+        self.places: Counter[str] = Counter()
+        self.compared = 0
         self.seconds: dict[str, float] = {}
+        self.own_seconds: dict[str, float] = {}  # of the script as the shell starts it
         self.moments: dict[str, Counter[str]] = {}
         for name in self.commands:
             before = time.perf_counter()
@@ -205,8 +213,10 @@ class Torture:
             self.require_end(os.waitpid(pid, 0)[1])
             self.seconds[name] = time.perf_counter() - before
             self.moments[name] = Counter(json.loads(passed.read_text()))
-        self.places: Counter[str] = Counter()
-        self.compared = 0
+            before = time.perf_counter()
+            os.waitpid(self.launch(self.argv(name, "killed")), 0)
+            self.own_seconds[name] = time.perf_counter() - before
+            self.compare(name)
 
     @property
     def log(self) -> Path:
@@ -216,6 +226,13 @@ class Torture:
     def argv(self, name: str, run: str) -> list[str]:
         """The command of a run."""
         return [*self.commands[name], "--output", str(self.folder / f"{run}-{name}")]
+
+    def launch(self, command: list[str]) -> int:
+        """Starts a script as the shell does; returns the process's number."""
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, stdout=log, stderr=log
+            ).pid
 
     def require_end(self, status: int) -> None:
         """A process that was not killed has ended well."""
@@ -256,15 +273,12 @@ class Torture:
     def kill_somewhere(self, name: str, own_process: bool) -> None:
         """One kill at a random moment; own_process: of the script as the shell starts it."""
         while True:
-            # of which the first part is the start, and a resumed run does not need the last
-            delay = self.rng.uniform(0.1, 0.8) * self.seconds[name] + (6.0 if own_process else 0.0)
+            # the first part of a run is its start, and a resumed one does not need the last
+            delay = self.rng.uniform(0.1, 0.8) * self.seconds[name]
             command = self.argv(name, "killed")
             if own_process:
-                with self.log.open("a") as log:
-                    process = subprocess.Popen(
-                        [sys.executable, *command], cwd=ROOT, stdout=log, stderr=log
-                    )
-                pid = process.pid
+                delay += self.own_seconds[name] - self.seconds[name]
+                pid = self.launch(command)
             else:
                 pid = start(self.watch, command, self.log)
             time.sleep(delay)
@@ -279,27 +293,32 @@ class Torture:
             self.compare(name)
 
     def run(self, kills: int) -> None:
-        """So many kills: half of them at each moment in turn, saves first, the others anywhere."""
+        """So many kills: half at each moment by its name, twice as many in saves, half anywhere."""
         named = [(name, moment) for name in self.commands for moment in self.moments[name]]
         self.rng.shuffle(named)
-        saves = [n for n in named if "save" in n[1]]
-        others = [n for n in named if n not in saves]
-        plan = list(itertools.islice(itertools.cycle([*saves, *others]), kills // 2))
-        for n in range(kills - len(plan)):
-            plan.append((("train", "distill")[n % 2], ""))
-        self.rng.shuffle(plan)
-        for n, (name, moment) in enumerate(plan):
+        saves = [pair for pair in named if inside_a_save(pair[1])]
+        others = [pair for pair in named if pair not in saves]
+        first = [
+            pair for n, pair in enumerate(others) for pair in (*saves[2 * n : 2 * n + 2], pair)
+        ]
+        plan = list(itertools.islice(itertools.chain(first, itertools.cycle(saves)), kills // 2))
+        anywhere = [(("train", "distill")[n % 2], "") for n in range(kills - len(plan))]
+        own = max(2, len(anywhere) // 10)
+        work = [(*pair, False) for pair in plan]
+        work += [(*pair, n < own) for n, pair in enumerate(anywhere)]
+        self.rng.shuffle(work)
+        for name, moment, own_process in work:
             if moment:
                 self.kill_at(name, moment)
             else:
-                self.kill_somewhere(name, own_process=n % 20 == 0)
+                self.kill_somewhere(name, own_process)
         for name in self.commands:
             self.finish(name)
 
     def report(self) -> str:
         """The histogram of the kills, and what was found."""
         total = self.places.total()
-        inside = sum(n for place, n in self.places.items() if "save" in place)
+        inside = sum(n for place, n in self.places.items() if inside_a_save(place))
         lines = [f"{n:4d}  {place}" for place, n in sorted(self.places.items())]
         lines += [
             f"{total} kills, {inside} of them ({100 * inside / total:.0f}%) inside a save",

@@ -16,16 +16,28 @@ import yaml
 
 from tests.toys import tiny
 from utils.checkpoint import digest, load_checkpoint
+from utils.distributed import join_world
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("torchrun")  # what they share is made once
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_outlives_the_tests():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.terminate()
+
+
+STARTED = []
 
 
 def begin(processes, *arguments, options=("--standalone",)):
     """Starts a script, under torchrun if there is to be more than one process."""
     launcher = ["-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
     distributed = processes > 1 or "--standalone" not in options
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *(launcher if distributed else []), *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -33,6 +45,8 @@ def begin(processes, *arguments, options=("--standalone",)):
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def end(process):
@@ -139,8 +153,10 @@ def test_a_killed_worker_is_restarted_and_the_run_goes_on(runs, tmp_path):
     process = begin(
         2, *train, "--output", tmp_path / "killed", options=("--standalone", "--max-restarts=1")
     )
+    deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "diffusion-10.pt").exists():
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     assert "going on from" in end(process)
@@ -160,3 +176,35 @@ def test_two_machines_meet_by_c10d(runs, tmp_path):
     said = [end(agent) for agent in agents]
     assert "".join(said).count("trained:") == 1
     assert same_weights(tmp_path / "diffusion-4.pt", folder / "base-2" / "diffusion-4.pt")
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_all_processes(runs, tmp_path):
+    """What rank 0 finds, by its name, is what the others read."""
+    folder, _ = runs
+    out = tmp_path / "base"
+    out.mkdir()
+    for name in ("diffusion-2.pt", "diffusion-4.pt"):
+        (out / name).write_bytes((folder / "base-2" / name).read_bytes())
+    (out / "diffusion-4.pt").write_bytes(b"nothing")
+    said = launch(2, "train.py", "--config_path", folder / "tiny.yaml", "--output", out)
+    assert "going on from" in said
+    assert (out / "diffusion-4.pt.damaged").exists()
+    assert same_weights(out / "diffusion-4.pt", folder / "base-2" / "diffusion-4.pt")
+
+
+def test_restarts_with_a_shared_store_are_warned_of(monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    around = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in around.items():
+        monkeypatch.setenv(name, str(value))
+    with join_world("cpu") as world:
+        assert world.agree_on("a text") == "a text"
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: 1 / 0)
+    with pytest.raises(ZeroDivisionError), join_world("cpu"):
+        pass
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err

@@ -16,6 +16,7 @@ def test_a_killed_run_loses_nothing():
         capture_output=True,
         text=True,
         check=False,
+        timeout=3600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     print(f"\n{result.stdout}")
@@ -23,3 +24,5 @@ def test_a_killed_run_loses_nothing():
     assert kills == KILLS
     assert int(inside) >= int(kills) / 4
     assert "all the same" in result.stdout
+    for place in ("a process of its own: at random", "stage > save > "):
+        assert place in result.stdout

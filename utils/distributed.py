@@ -41,6 +41,15 @@ class World:
         distributed.broadcast(tensor, 0)
         return int(tensor)
 
+    def agree_on(self, text: str) -> str:
+        """Rank 0's text, for all."""
+        if self.size == 1:
+            return text
+        size = self.agree(len(text.encode()))
+        letters = torch.tensor(list(text.encode().ljust(size)[:size]), device=self.device)
+        distributed.broadcast(letters, 0)
+        return bytes(letters.tolist()).decode()
+
     def any(self, flag: bool) -> bool:
         """Whether it is so in some process, for all."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))

@@ -43,14 +43,15 @@ class MetricsLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        self.kept: list[dict[str, Any]] = []
+        self.drawn: set[tuple[int, int]] = set()  # (stage, update) of earlier pictures
         if path.exists():
             entries = read_metrics(path)
-            self.kept = [e for e in entries if (e["stage"], e["update"]) <= (stage, update)]
-            write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in self.kept))
+            kept = [e for e in entries if (e["stage"], e["update"]) <= (stage, update)]
+            self.drawn = {(e["stage"], e["update"]) for e in kept if "samples_mean" in e}
+            write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
         self.file = path.open("a")
         self.board = SummaryWriter(
-            str(folder / "tensorboard" / f"stage-{stage}"), purge_step=update
+            str(folder / "tensorboard" / f"stage-{stage}"), purge_step=update + 1
         )
 
     def write(self, update: int, values: Mapping[str, Any], **where: Any) -> None:

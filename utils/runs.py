@@ -68,7 +68,7 @@ def require_same_run(
 
 def delete_run(folder: Path, prefix: str) -> None:
     """Deletes what an earlier run wrote under names that begin so, and nothing else."""
-    ours = re.compile(re.escape(prefix) + r"\d+(-\d+)?\.(pt|png)")
+    ours = re.compile(re.escape(prefix) + r"\d+(-\d+)?\.(pt|png|pt\.damaged)")
     for path in folder.glob(f"{prefix}*"):
         if ours.fullmatch(path.name):
             path.unlink()

@@ -55,12 +55,24 @@ class Run:
         return torch.amp.GradScaler(self.world.device.type, enabled=fp16)
 
     def newest(self, paths: list[Path]) -> tuple[Path, Checkpoint] | None:
-        """The first of the paths, in order, that is a whole checkpoint: the same for all."""
+        """The first of the paths, in order, that is a whole checkpoint: the same for all.
+
+        Rank 0 looks, and what it finds the others read. Raises InputError where that is not the
+        same file: several machines need one folder.
+        """
         found = newest_whole(paths) if self.world.leads else None
-        number = self.world.agree(-1 if found is None else paths.index(found[0]))
-        if number < 0 or found is not None:
-            return found
-        return paths[number], load_checkpoint(paths[number])
+        name = self.world.agree_on("" if found is None else found[0].name)
+        if not name:
+            return None
+        path = self.output / name
+        if found is None:
+            found = path, load_checkpoint(path)
+        short = int(digest(found[1].model)[:12], 16)
+        if self.world.any(short != self.world.agree(short)):
+            raise InputError(
+                f"{path}: not the same file on all machines; give a folder that all see (--output)"
+            )
+        return found
 
     def plan(
         self,

@@ -359,9 +359,9 @@ def run_stage(
                 return
             stop.urgent = True  # all is saved, and a picture takes its time
             images = callbacks.draw()
-            stop.urgent = False
             if monitor is not None:
                 monitor.show(images, trainee.update)
+            stop.urgent = False
 
         # A kill may have come between a checkpoint and its picture.
         if plan.saves_at(trainee.update) and world.any(
@@ -383,10 +383,12 @@ def run_stage(
             if due and not stopping:
                 show()
             if stopping:
-                raise Stopped(
-                    f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
-                    "run the same command again to go on"
-                )
+                break
+    if world.any(stop.requested):  # one that came at the very end too
+        raise Stopped(
+            f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
+            "run the same command again to go on"
+        )
 
 
 class Monitor:
@@ -431,7 +433,4 @@ class Monitor:
 
     def shown(self, update: int) -> bool:
         """Whether an earlier run, that this one goes on from, has noted what was drawn then."""
-        there = (self.plan.stage, update)
-        return any(
-            "samples_mean" in e and (e["stage"], e["update"]) == there for e in self.log.kept
-        )
+        return (self.plan.stage, update) in self.log.drawn

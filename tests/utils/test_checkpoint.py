@@ -8,9 +8,10 @@ import torch
 from tests.toys import tiny
 from utils.build import build_network, load_weights
 from utils.checkpoint import Checkpoint, digest, load_checkpoint, save_checkpoint
-from utils.command import InputError
+from utils.command import DamagedCheckpoint, InputError
 from utils.config import make_config
 from utils.files import atomic_write
+from utils.runs import newest_whole
 
 
 def checkpoint(**changes):
@@ -163,3 +164,25 @@ def test_a_full_disk_under_torch_save_is_an_oserror(tmp_path):
     ):
         torch.save({"a": torch.zeros(10000)}, Full())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot be read now: Input/output error"),
+        (MemoryError(), "not enough memory to read it"),
+    ],
+)
+def test_what_passes_by_is_no_damage(tmp_path, monkeypatch, error, hint):
+    """A file that cannot be read now may be read tomorrow: it is not set aside."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    path = tmp_path / "diffusion-1.pt"
+    save_checkpoint(path, checkpoint())
+    monkeypatch.setattr("utils.checkpoint.torch.load", fail)
+    with pytest.raises(InputError, match=hint) as raised:
+        newest_whole([path])
+    assert not isinstance(raised.value, DamagedCheckpoint)
+    assert path.exists()

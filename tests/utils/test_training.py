@@ -339,6 +339,17 @@ def test_metrics_drop_what_will_be_done_again(tmp_path):
     assert [e.value for e in events.Reload().Scalars("loss")] == [0.5]
 
 
+def test_curves_go_on_where_a_run_does(tmp_path):
+    """TensorBoard keeps what the checkpoint has, its own update too, and no more."""
+    for done, updates in ((0, (1, 2, 3)), (2, (3, 4))):
+        with MetricsLog(tmp_path, 0, done) as log:
+            for update in updates:
+                log.write(update, {"loss": done + update / 10}, stage=0)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "stage-0"))
+    losses = {e.step: round(e.value, 3) for e in events.Reload().Scalars("loss")}
+    assert losses == {1: 0.1, 2: 0.2, 3: 2.3, 4: 2.4}
+
+
 def test_losses_are_averaged_by_noise_level():
     bins = LossBins(CPU)
     bins.add(torch.tensor([1.0, 3.0]), torch.tensor([-19.0, -17.0]).double())
