@@ -341,9 +341,9 @@ def test_metrics_drop_what_will_be_done_again(tmp_path):
 
 def test_curves_go_on_where_a_run_does(tmp_path):
     """TensorBoard keeps what the checkpoint has, its own update too, and no more."""
-    for done, updates in ((0, (1, 2, 3)), (2, (3, 4))):
+    for done, then in ((0, (1, 2, 3)), (2, (3, 4))):
         with MetricsLog(tmp_path, 0, done) as log:
-            for update in updates:
+            for update in then:
                 log.write(update, {"loss": done + update / 10}, stage=0)
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "stage-0"))
     losses = {e.step: round(e.value, 3) for e in events.Reload().Scalars("loss")}
