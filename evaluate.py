@@ -1,0 +1,87 @@
+"""Measures the quality of samples: python evaluate.py --checkpoint A.pt B.pt --steps 8 1024."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.command import InputError, add_device_argument, parse, run_command, say
+
+DESCRIPTION = """\
+Draw images from checkpoints, all from the same noise, and compare them with real ones. Writes
+results.md, .json, .csv and distances.png into the output folder, whose earlier rows stay; run the
+same command again to go on after a stop."""
+STOPPED = "stopped; the images drawn so far are kept: run the same command again to go on"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and measures. Returns the exit code: 0, 2 (bad input), 130."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help="models, students")
+    add("--images", type=Path, nargs="+", default=[], metavar="X", help="folders or .npz files")
+    add("--steps", type=int, nargs="+", metavar="N", help="of base models; a student has its own")
+    add("--sampler", nargs="+", default=["ddim"], metavar="NAME", help="of base models (ddim)")
+    add("--count", type=int, default=5000, metavar="N", help="images of each (5000)")
+    add("--max_calls", type=int, metavar="M", help="fewer images where steps x images is more")
+    add("--config_path", type=Path, metavar="FILE.yaml", help="what --images are compared with")
+    add("--features", help="digits (of MNIST) or inception; by default what fits the data")
+    add("--data_root", metavar="DIR", help="where the real images lie, if not where they lay")
+    add("--seed", type=int, default=0, help="of the noise (0)")
+    add("--batch_size", type=int, default=125, metavar="B", help="images at a time (125)")
+    add("--output", type=Path, default=Path("output/evaluation"), metavar="DIR")
+    add_device_argument(parser)
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    return run_command(lambda: evaluate(arguments), STOPPED)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Draws all images first, then measures them and writes the tables."""
+    from evaluation.comparison import draw_all, measure_all, plan_jobs
+    from evaluation.features import make_extractor
+    from evaluation.gallery import Gallery, read_images, real_images
+    from evaluation.results import markdown
+    from utils.checkpoint import load_checkpoint
+    from utils.config import load_config
+    from utils.distributed import join_world
+
+    if min(arguments.count, arguments.batch_size, arguments.max_calls or 1) < 1:
+        raise InputError("--count, --batch_size, --max_calls: take at least 1")
+    if any(not 1 <= steps <= 2**20 for steps in arguments.steps or []):
+        raise InputError(f"--steps: take from 1 to {2**20}")
+    output = arguments.output
+    checkpoints = {path: load_checkpoint(path) for path in arguments.checkpoint}
+    if arguments.config_path is not None:
+        config = load_config(arguments.config_path, [])
+    elif checkpoints:
+        config = next(iter(checkpoints.values())).config
+    else:
+        raise InputError("--checkpoint: give checkpoints, or --images with --config_path")
+    data = config.data
+    if arguments.data_root is not None:
+        data = data.model_copy(update={"root": arguments.data_root})
+        config = config.model_copy(update={"data": data})
+    jobs = plan_jobs(
+        checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
+    )
+    foreign = {
+        path.stem: read_images(path, data.image_size, data.channels) for path in arguments.images
+    }
+    with join_world(arguments.device) as world:
+        extract = make_extractor(
+            arguments.features or ("digits" if data.name == "mnist" else "inception"), world.device
+        )
+        gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
+        draw_all(jobs, gallery)
+        if not world.leads:
+            return
+        results = measure_all(jobs, foreign, extract, real_images(config), gallery, output)
+    say(
+        f"\n{markdown(results)}\n\nwritten: {output}/results.md, .json, .csv and distances.png; "
+        f"the images are in {output}/images"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Checkpoints, samplers and step counts side by side: what is drawn, and what is measured of it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from evaluation.features import Extractor, Features
+from evaluation.gallery import Gallery, RealImages
+from evaluation.quality import (
+    CONFIDENT,
+    NEAREST,
+    NOISE_SETS,
+    class_shares,
+    confident_share,
+    flat,
+    measure,
+    nearest,
+    share_nearer,
+)
+from evaluation.results import FLOOR, Results, Row, read_results, write_results
+from utils.checkpoint import Checkpoint, digest
+from utils.command import InputError, say
+from utils.images import encode, make_grid, save_png
+
+Images = UInt8[Tensor, "n c h w"]
+PICTURED = 12  # samples beside their nearest training images
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images to be drawn and measured. path: where the checkpoint lies."""
+
+    checkpoint: Checkpoint
+    path: Path
+    sampler: str
+    steps: int
+    count: int
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """That of its row."""
+        return (self.path.stem, self.sampler, self.steps, self.count)
+
+    @property
+    def calls(self) -> int:
+        """Of the network, an image each."""
+        return self.steps * self.count
+
+
+def plan_jobs(
+    checkpoints: Mapping[Path, Checkpoint],
+    samplers: Sequence[str],
+    steps: Sequence[int] | None,
+    count: int,
+    max_calls: int | None,
+) -> list[Job]:
+    """A base model by each sampler at each step count, a student by DDIM at its own.
+
+    count: of the images; less where steps x images would be more than max_calls. Raises InputError
+    where too few are left to measure, and for networks that make images of different shapes.
+    """
+    jobs = []
+    for path, checkpoint in checkpoints.items():
+        own = checkpoint.num_steps
+        if own is not None:
+            pairs = [("ddim", own)]
+        else:
+            wanted = steps or [checkpoint.config.sampling.steps]
+            pairs = [(sampler, n) for sampler in samplers for n in wanted]
+        for sampler, n in pairs:
+            size = count if max_calls is None else min(count, max_calls // n)
+            if size < 2 * NOISE_SETS:
+                raise InputError(
+                    f"--count, --max_calls: leave {size} images at {n} steps; "
+                    f"to measure takes at least {2 * NOISE_SETS}"
+                )
+            jobs.append(Job(checkpoint, path, sampler, n, size))
+    sizes = {(c.config.data.image_size, c.config.data.channels) for c in checkpoints.values()}
+    if len(sizes) > 1:
+        raise InputError(
+            "--checkpoint: their images differ in size or channels; measure each alone"
+        )
+    return jobs
+
+
+class Comparison:
+    """Measures sets of images against the same real ones.
+
+    extract: the frozen network; real: what is compared with.
+    """
+
+    def __init__(self, extract: Extractor, real: RealImages) -> None:
+        self.extract, self.real = extract, real
+        self.reference = extract(real.reference, "features of real images")
+        self.training = None
+        if real.training is not None:
+            self.training = extract(real.training, "features of training images")
+            held_out = real.reference[:NEAREST]
+            self.real_nearest = {
+                "pixels": nearest(flat(held_out), flat(real.training))[0],
+                "features": nearest(self.reference.values[:NEAREST], self.training.values)[0],
+            }
+
+    def about_reference(self) -> dict[str, object]:
+        """What the real images themselves are like."""
+        logits = self.reference.logits
+        about: dict[str, object] = {"count": len(self.real.reference)}
+        if logits is not None:
+            about |= {"confident": confident_share(logits), "classes": class_shares(logits)}
+        return about
+
+    def floor(self, count: int) -> Row:
+        """Real images against others of their kind: what no model can be expected to beat."""
+        features = self.extract(self.real.floor[:count])
+        return Row(FLOOR, "floor", "", None, measure(features, self.reference))
+
+    def foreign(self, name: str, images: Images) -> Row:
+        """Images from elsewhere."""
+        features = self.extract(images)
+        quality = measure(features, self.reference)
+        pixels, nearness = self.memorised(images, features)
+        return Row(
+            name, "images", "", None, quality, memorised_pixels=pixels, memorised_features=nearness
+        )
+
+    def memorised(self, images: Images, features: Features) -> tuple[float | None, float | None]:
+        """The shares of samples suspiciously near to a training image, in pixels and features."""
+        if self.real.training is None or self.training is None:
+            return None, None
+        near = {
+            "pixels": nearest(flat(images[:NEAREST]), flat(self.real.training))[0],
+            "features": nearest(features.values[:NEAREST], self.training.values)[0],
+        }
+        return tuple(share_nearer(near[key], self.real_nearest[key]) for key in near)  # type: ignore[return-value]
+
+    def drawn(self, job: Job, jobs: Sequence[Job], gallery: Gallery) -> Row:
+        """A job's row. jobs: among which its teacher and the base model are looked for."""
+        images = _images_of(job, gallery)
+        features = self.extract(images)
+        pixels, nearness = self.memorised(images, features)
+        teacher = next((other for other in jobs if _teaches(other, job)), None)
+        base = max(
+            (j for j in jobs if j.checkpoint.num_steps is None and j.sampler == "ddim"),
+            key=lambda j: j.steps,
+            default=None,
+        )
+        to_base = same_class = None
+        if base is not None and base is not job and job.sampler == "ddim":
+            theirs = _images_of(base, gallery)
+            to_base = squared_distance(images, theirs)
+            logits = self.extract(theirs).logits
+            if logits is not None and features.logits is not None:
+                same_class = agreement(features.logits, logits)
+        return Row(
+            name=job.path.stem,
+            kind=job.checkpoint.kind,
+            sampler=job.sampler,
+            steps=job.steps,
+            quality=measure(features, self.reference),
+            to_teacher=None
+            if teacher is None
+            else squared_distance(images, _images_of(teacher, gallery)),
+            to_base=to_base,
+            same_class=same_class,
+            memorised_pixels=pixels,
+            memorised_features=nearness,
+            weights=digest(job.checkpoint.weights),
+        )
+
+    def draw_nearest(self, path: Path, images: Images) -> None:
+        """A picture: the samples nearest to a training image, and that image below each."""
+        if self.real.training is None:
+            return
+        distances, indices = nearest(flat(images[:NEAREST]), flat(self.real.training))
+        closest = distances.argsort()[:PICTURED]
+        below = self.real.training[indices[closest].long()]
+        save_png(path, make_grid(torch.cat([images[closest], below]), columns=PICTURED), scale=2)
+
+
+def _images_of(job: Job, gallery: Gallery) -> Images:
+    return gallery.images(job.checkpoint, job.path, job.sampler, job.steps, job.count)
+
+
+def _teaches(other: Job, job: Job) -> bool:
+    """Whether the other's images are what the job's student learnt to make in half the steps."""
+    student = job.checkpoint
+    return (
+        student.kind == "student"
+        and other.sampler == "ddim"
+        and other.steps == 2 * job.steps
+        and digest(other.checkpoint.weights) == student.lineage.get("teacher")
+    )
+
+
+def squared_distance(a: UInt8[Tensor, "n c h w"], b: UInt8[Tensor, "m c h w"]) -> float:
+    """The mean squared distance of pixels in the model's range, over the images that both have."""
+    size = min(len(a), len(b))
+    return (encode(a[:size]) - encode(b[:size])).square().mean().item()
+
+
+def agreement(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> float:
+    """The share of images of one class in both, over those that both have."""
+    size = min(len(a), len(b))
+    return (a[:size].argmax(1) == b[:size].argmax(1)).float().mean().item()
+
+
+def say_of(row: Row) -> str:
+    """A row in words."""
+    q = row.quality
+    steps = "" if row.steps is None else f", {row.sampler}, {row.steps} steps"
+    sure = "" if q.confident is None else f", {q.confident:.1%} more than {CONFIDENT:.0%} sure"
+    return (
+        f"{row.name}{steps}: Frechet distance {q.frechet:.3f} ± {q.frechet_interval:.3f} "
+        f"(n = {q.count:,}){sure}"
+    )
+
+
+# --- a whole comparison ---------------------------------------------------------------------------
+
+
+def draw_all(jobs: Sequence[Job], gallery: Gallery) -> None:
+    """Draws the images of all jobs, the longest last, but for those that the gallery has."""
+    total, done = sum(job.calls for job in jobs), 0
+    for job in sorted(jobs, key=lambda j: j.calls):
+        begun = time.perf_counter()
+        _images_of(job, gallery)
+        done += job.calls
+        say(
+            f"{job.path.stem}, {job.sampler}, {job.steps} steps: {job.count} images, "
+            f"{time.perf_counter() - begun:.0f} s; {done / total:.0%} of all network calls done"
+        )
+
+
+def measure_all(
+    jobs: Sequence[Job],
+    foreign: Mapping[str, Images],
+    extract: Extractor,
+    real: RealImages,
+    gallery: Gallery,
+    output: Path,
+) -> Results:
+    """Measures what was drawn, and images from elsewhere; writes the tables after every row.
+
+    A row that an earlier call has measured, of the same weights, is not measured again.
+    """
+    path = output / "results.json"
+    before = read_results(path)
+    if before is not None and before.features != extract.name:
+        raise InputError(
+            f"{path}: measured by the features {before.features}; give another --output"
+        )
+    comparison = Comparison(extract, real)
+    results = Results(extract.name, comparison.about_reference(), before.rows if before else [])
+    known = {(row.key, row.weights) for row in results.rows}
+
+    def add(row: Row) -> None:
+        nonlocal results
+        say(say_of(row))
+        results = results.with_rows([row])
+        write_results(output, results)
+
+    for count in sorted({job.count for job in jobs} | {len(images) for images in foreign.values()}):
+        if count <= len(real.floor) and (floor_key(count), "") not in known:
+            add(comparison.floor(count))
+    for name, images in foreign.items():
+        add(comparison.foreign(name, images))
+        comparison.draw_nearest(output / f"nearest-{name}.png", images)
+    for job in jobs:
+        if (job.key, digest(job.checkpoint.weights)) not in known:
+            add(comparison.drawn(job, jobs, gallery))
+            stem = f"nearest-{job.path.stem}-{job.sampler.replace(':', '-')}-{job.steps}.png"
+            comparison.draw_nearest(output / stem, _images_of(job, gallery))
+    return results
+
+
+def floor_key(count: int) -> tuple[str, str, int, int]:
+    """The key of the floor's row."""
+    return (FLOOR, "", 0, count)

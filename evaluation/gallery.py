@@ -1,0 +1,150 @@
+"""Images to be measured: drawn from checkpoints, kept and gone on with, or read from elsewhere."""
+
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from evaluation.digits import TRAINED_ON
+from utils.build import build_dataset, build_denoiser, build_network, load_weights
+from utils.checkpoint import Checkpoint, digest
+from utils.command import InputError
+from utils.config import Config
+from utils.data import ImageFolder, fit, read_mnist
+from utils.distributed import World
+from utils.files import atomic_write
+from utils.progress import progress_bar
+from utils.randomness import generator
+from utils.sampling import SampleRequest
+
+CHUNK = 250  # images a file
+
+
+class Gallery:
+    """A folder of images drawn from checkpoints: image k is a function of the seed and k.
+
+    All checkpoints, samplers and step counts start from the same noise. The images lie in files of
+    250, written whole, so that what was drawn is not drawn again. Processes share the work.
+    """
+
+    def __init__(self, folder: Path, world: World, seed: int, batch_size: int) -> None:
+        self.folder, self.world, self.seed, self.batch_size = folder, world, seed, batch_size
+
+    def images(
+        self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, count: int
+    ) -> UInt8[Tensor, "n c h w"]:
+        """The first images, as they would be saved. where: the checkpoint's file, for errors."""
+        key = digest(
+            [checkpoint.weights, sampler, steps, checkpoint.config.sampling.clip, self.seed]
+        )
+        folder = self.folder / f"{where.stem}-{sampler.replace(':', '-')}-{steps}-{key[:12]}"
+        parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / CHUNK))]
+        known = {n: images for n, path in enumerate(parts) if (images := _read(path)) is not None}
+        self.world.wait()  # before anybody writes
+        missing = [n for n in range(len(parts)) if n not in known]
+        if missing:
+            self._draw(checkpoint, where, sampler, steps, {n: parts[n] for n in missing})
+        known |= {n: load_file(parts[n])["images"] for n in missing}
+        return torch.cat([known[n] for n in range(len(parts))])[:count]
+
+    def _draw(
+        self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, parts: dict[int, Path]
+    ) -> None:
+        device = self.world.device
+        network = build_network(checkpoint.config, device).eval()
+        load_weights(network, checkpoint.weights, where)
+        request = SampleRequest.of(
+            checkpoint,
+            build_denoiser(checkpoint.config, network, device),
+            self.world,
+            steps=steps,
+            sampler=sampler,
+            seed=self.seed,
+        )
+        title = f"{where.stem}, {sampler}, {steps} steps"
+        with progress_bar(len(parts) * CHUNK, title, "image", leave=False) as bar:
+            for turn, (n, path) in enumerate(parts.items()):
+                if turn % self.world.size == self.world.rank:
+                    starts = range(n * CHUNK, (n + 1) * CHUNK, self.batch_size)
+                    drawn = [
+                        request.draw(range(s, min(s + self.batch_size, (n + 1) * CHUNK)))
+                        for s in starts
+                    ]
+                    with atomic_write(path) as file:
+                        file.write(save({"images": torch.cat(drawn)}))
+                bar.update(CHUNK)
+        self.world.wait()
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["images"] if path.exists() else None
+    except (SafetensorError, OSError, KeyError):
+        return None  # damaged: it can be drawn again
+
+
+def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n c h w"]:
+    """Images from elsewhere: a folder of them, or arr_0 of an .npz, uint8 (N, H, W, C).
+
+    Raises InputError that names the file and what is wrong.
+    """
+    if path.suffix != ".npz":
+        folder = ImageFolder(path, image_size, channels)
+        found = [folder[n] for n in range(len(folder))]
+        error = next((item for item in found if isinstance(item, InputError)), None)
+        if error is not None:
+            raise error
+        return torch.stack([item[0] for item in found if not isinstance(item, InputError)])
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array = file["arr_0"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path}: not a readable .npz with an array arr_0") from None
+    if array.ndim != 4 or array.dtype != np.uint8 or array.shape[3] not in (1, 3) or not len(array):
+        raise InputError(
+            f"{path}: arr_0 is {array.dtype} {array.shape}; it should be uint8 (N, H, W, 1 or 3)"
+        )
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images, uint8, as the model has them.
+
+    reference: what samples are compared with. floor: as many others, whose distance no model can be
+    expected to beat. training: what the model was trained on, None where that is not told apart.
+    """
+
+    reference: Tensor
+    floor: Tensor
+    training: Tensor | None
+
+
+def real_images(config: Config) -> RealImages:
+    """Of MNIST the 10,000 test images, and the 10,000 training images unknown to the classifier.
+
+    Of other data two disjoint sets of up to 10,000 training images. Raises InputError for less
+    than 100 images.
+    """
+    data = config.data
+    if data.name == "mnist":
+        folder = Path(data.root) / "mnist"
+        test, training = (
+            fit(read_mnist(folder, split)[0][:, None], data.image_size, data.channels)
+            for split in ("t10k", "train")
+        )
+        return RealImages(test, training[TRAINED_ON:], training)
+    dataset = build_dataset(config, torch.device("cpu"))
+    if dataset.num_images < 100:
+        raise InputError(f"{data.root}: {dataset.num_images} images; to compare takes at least 100")
+    size = min(10_000, dataset.num_images // 2)
+    order = torch.randperm(dataset.num_images, generator=generator("cpu", "reference"))
+    sets = [images for images, _ in dataset.batches([order[:size], order[size : 2 * size]])]
+    return RealImages(sets[0], sets[1], None)

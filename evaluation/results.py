@@ -1,0 +1,184 @@
+"""What was measured: a table (terminal, Markdown, CSV, JSON) and a figure like the paper's."""
+
+import csv
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.quality import Quality
+from utils.command import InputError
+from utils.files import atomic_write, write_text
+
+FLOOR = "real images"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of images.
+
+    name: of the checkpoint, or where the images come from. kind: base, student, images, floor.
+    to_teacher, to_base: mean squared distance in the model's range, from the same noise, to the
+    images of a student's own teacher and of the base model at its most steps; same_class: the
+    share of digits whose class agrees with the base model's. memorised: the shares of samples that
+    are nearer to a training image than all but 1% of real ones, in pixels and in features.
+    weights: their digest.
+    """
+
+    name: str
+    kind: str
+    sampler: str
+    steps: int | None
+    quality: Quality
+    to_teacher: float | None = None
+    to_base: float | None = None
+    same_class: float | None = None
+    memorised_pixels: float | None = None
+    memorised_features: float | None = None
+    weights: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What tells rows apart."""
+        return (self.name, self.sampler, self.steps or 0, self.quality.count)
+
+    @property
+    def curve(self) -> str:
+        """The curve of the figure that it is a point of."""
+        return {"student": "distilled", "base": f"teacher, {self.sampler}"}.get(
+            self.kind, self.name
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of a folder. features: the extractor's name; real: quality of the reference set."""
+
+    features: str
+    reference: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    def with_rows(self, rows: Iterable[Row]) -> "Results":
+        """With these rows in the place of those of the same key."""
+        merged = {row.key: row for row in [*self.rows, *rows]}
+        order = {"floor": 0, "images": 1, "base": 2, "student": 3}
+        ordered = sorted(
+            merged.values(),
+            key=lambda r: (order[r.kind], r.sampler, -(r.steps or 0), r.name, -r.quality.count),
+        )
+        return Results(self.features, self.reference, ordered)
+
+
+def read_results(path: Path) -> Results | None:
+    """The results of an earlier call in this folder. Raises InputError if they are damaged."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        rows = [Row(**{**row, "quality": Quality(**row["quality"])}) for row in values["rows"]]
+        return Results(values["features"], values["reference"], rows)
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: damaged; delete it to measure anew") from None
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Writes results.json, results.csv, results.md and distances.png."""
+    rows = [asdict(row) for row in results.rows]
+    values = {"features": results.features, "reference": dict(results.reference), "rows": rows}
+    write_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
+    write_text(folder / "results.md", markdown(results) + "\n")
+    write_text(folder / "results.csv", _csv(results.rows))
+    draw_distances(folder / "distances.png", results)
+
+
+COLUMNS = {
+    "checkpoint": lambda r: r.name,
+    "sampler": lambda r: r.sampler,
+    "steps": lambda r: "" if r.steps is None else str(r.steps),
+    "n": lambda r: f"{r.quality.count:,}",
+    "Frechet distance": lambda r: f"{r.quality.frechet:.3f} ± {r.quality.frechet_interval:.3f}",
+    "kernel distance": lambda r: f"{r.quality.kernel:.4f}",
+    "precision": lambda r: f"{r.quality.precision:.3f}",
+    "recall": lambda r: f"{r.quality.recall:.3f}",
+    "confident": lambda r: _optional(r.quality.confident, ".3f"),
+    "rarest, commonest class": lambda r: (
+        f"{min(r.quality.classes):.3f}, {max(r.quality.classes):.3f}" if r.quality.classes else ""
+    ),
+    "to its teacher": lambda r: _optional(r.to_teacher, ".4f"),
+    "to the base": lambda r: _optional(r.to_base, ".4f"),
+    "same class": lambda r: _optional(r.same_class, ".3f"),
+    "memorised": lambda r: " ".join(
+        f"{share:.3f}" for share in (r.memorised_pixels, r.memorised_features) if share is not None
+    ),
+}
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def markdown(results: Results) -> str:
+    """The table, columns that say nothing left out."""
+    columns = {t: f for t, f in COLUMNS.items() if any(f(row) for row in results.rows)}
+    numeric = [title not in ("checkpoint", "sampler") for title in columns]
+    lines = [
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---:' if right else '---' for right in numeric)}|",
+    ]
+    lines += [f"| {' | '.join(f(row) for f in columns.values())} |" for row in results.rows]
+    return "\n".join(lines)
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    values = [{**asdict(row), **asdict(row.quality)} for row in rows]
+    for value in values:
+        value.pop("quality")
+        classes = value.pop("classes") or []
+        value |= {f"class_{n}": share for n, share in enumerate(classes)}
+    names = list(dict.fromkeys(name for value in values for name in value))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(values)
+    return text.getvalue()
+
+
+def draw_distances(path: Path, results: Results) -> None:
+    """The Frechet distance by sampling steps, log-log, with intervals, and the floor as a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    curves: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in sorted(results.rows, key=lambda r: r.quality.count):  # the most samples last
+        if row.steps is not None:
+            curves[row.curve][row.steps] = row
+    if not curves:
+        return
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for title, points in sorted(curves.items()):
+        rows = [points[steps] for steps in sorted(points)]
+        axes.errorbar(
+            sorted(points),
+            [row.quality.frechet for row in rows],
+            [row.quality.frechet_interval for row in rows],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=2 if title == "distilled" else 1.2,
+            label=title,
+        )
+    floors = [row.quality.frechet for row in results.rows if row.kind == "floor"]
+    if floors:
+        axes.axhline(min(floors), color="grey", linestyle="--", label="real images (floor)")
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance")
+    axes.set_xticks(sorted({steps for points in curves.values() for steps in points}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)

@@ -1,0 +1,221 @@
+"""evaluate.py and published weights, as their users run them."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import distill
+import evaluate
+import sample
+import train
+from evaluation.gallery import RealImages, real_images
+from tests.toys import tiny
+from utils import publish
+from utils.checkpoint import digest, load_checkpoint
+from utils.sampling import SampleRequest
+
+
+def run(script, *arguments):
+    return script.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_real_images():
+    """The features of 80,000 images take half a minute."""
+
+    def few(config):
+        real = real_images(config)
+        return RealImages(real.reference[:2000], real.floor[:1000], real.training[:3000])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.gallery.real_images", few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A tiny ladder 8 -> 4 -> 2, published, and measured."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny()))
+    assert run(train, "--config_path", config, "--output", folder / "base") == 0
+    teacher = folder / "base" / "diffusion-4.pt"
+    assert run(distill, "--teacher_model_checkpoint", teacher, "--output", folder / "ladder") == 0
+    made = [teacher, folder / "ladder" / "student-4.pt", folder / "ladder" / "student-2.pt"]
+    out = folder / "pretrained"
+    assert run(publish, "--checkpoint", *made, "--name", "tiny", "--output", out, "--half") == 0
+    published = [out / f"tiny-{n}.safetensors" for n in ("teacher", "4-steps", "2-steps")]
+    measured = folder / "measured"
+    command = ("--checkpoint", *published, "--steps", 2, 8, "--sampler", "ddim", "ancestral")
+    command = (*command, "--count", 260, "--max_calls", 1000, "--output", measured)
+    assert run(evaluate, *command) == 0
+    return {
+        "made": made,
+        "published": published,
+        "command": command,
+        "measured": measured,
+        "config": config,
+    }
+
+
+def rows_of(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def test_every_checkpoint_sampler_and_step_count_is_measured(workshop):
+    rows = rows_of(workshop["measured"])
+    found = {(r["name"], r["sampler"], r["steps"], r["quality"]["count"]) for r in rows}
+    teacher = {
+        ("tiny-teacher", s, n, c) for s in ("ddim", "ancestral") for n, c in ((2, 260), (8, 125))
+    }
+    students = {("tiny-4-steps", "ddim", 4, 250), ("tiny-2-steps", "ddim", 2, 260)}
+    floors = {("real images", "", None, count) for count in (125, 250, 260)}
+    assert found == teacher | students | floors
+    for row in rows:
+        assert sum(row["quality"]["classes"]) == pytest.approx(1.0)
+        assert row["quality"]["frechet_interval"] > 0
+    floor = max(r["quality"]["frechet"] for r in rows if r["kind"] == "floor")
+    assert floor < min(r["quality"]["frechet"] for r in rows if r["kind"] != "floor")
+
+
+def test_a_student_is_compared_with_its_teacher_from_the_same_noise(workshop):
+    rows = {(r["name"], r["sampler"], r["steps"]): r for r in rows_of(workshop["measured"])}
+    student = rows["tiny-2-steps", "ddim", 2]
+    assert student["to_teacher"] > 0, "its teacher makes 4 steps, and is among them"
+    assert student["to_base"] > 0
+    assert 0 <= student["same_class"] <= 1
+    first = rows["tiny-4-steps", "ddim", 4]
+    assert first["to_teacher"] == pytest.approx(first["to_base"]), "the base at 8 steps is both"
+    assert rows["tiny-teacher", "ddim", 2]["to_teacher"] is None
+
+
+def test_tables_and_a_figure_are_written(workshop):
+    folder = workshop["measured"]
+    table = (folder / "results.md").read_text()
+    assert "| tiny-2-steps | ddim | 2 | 260 |" in table
+    with (folder / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows_of(folder))
+    assert float(lines[0]["frechet"]) > 0
+    with Image.open(folder / "distances.png") as picture:
+        assert picture.width > 500
+        assert len(set(picture.convert("RGB").getdata())) > 50
+    assert (folder / "nearest-tiny-2-steps-ddim-2.png").exists()
+
+
+def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(workshop["measured"], tmp_path / "again")
+    command = (*workshop["command"][:-1], folder)
+    drawn = []
+    draw = SampleRequest.draw
+    monkeypatch.setattr(SampleRequest, "draw", lambda *a: drawn.append(a[1]) or draw(*a))
+    before = (folder / "results.json").read_text()
+    assert run(evaluate, *command) == 0
+    assert not drawn
+    assert (folder / "results.json").read_text() == before
+    chunk = sorted(folder.glob("images/tiny-teacher-ddim-2-*/00001.safetensors"))[0]
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-7])
+    assert run(evaluate, *command) == 0
+    assert sum(len(indices) for indices in drawn) == 250
+    assert chunk.read_bytes() == whole, "an image is a function of seed and index"
+
+
+def test_rows_of_an_earlier_call_stay(workshop, tmp_path):
+    folder = shutil.copytree(workshop["measured"], tmp_path / "more")
+    before = len(rows_of(folder))
+    more = ("--checkpoint", workshop["published"][0], "--steps", 2, "--sampler", "dpm_solver++")
+    assert run(evaluate, *more, "--count", 260, "--output", folder) == 0
+    rows = rows_of(folder)
+    assert len(rows) == before + 1
+    assert any(row["sampler"] == "dpm_solver++" for row in rows)
+
+
+def test_images_from_elsewhere(workshop, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
+    np.savez(tmp_path / "made.npz", pixels)
+    (tmp_path / "pngs").mkdir()
+    for n, image in enumerate(pixels):
+        Image.fromarray(image[..., 0]).save(tmp_path / "pngs" / f"{n:02d}.png")
+    images = ("--images", tmp_path / "made.npz", tmp_path / "pngs")
+    out = ("--config_path", workshop["config"], "--output", tmp_path / "out")
+    assert run(evaluate, *images, *out) == 0
+    rows = {row["name"]: row for row in rows_of(tmp_path / "out")}
+    for key in ("count", "frechet", "kernel", "precision", "confident", "classes"):
+        assert rows["made"]["quality"][key] == pytest.approx(rows["pngs"]["quality"][key], rel=1e-4)
+    assert rows["made"]["quality"]["frechet"] > 3 * rows["real images"]["quality"]["frechet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ((), "--checkpoint: give checkpoints, or --images with --config_path"),
+        (("--checkpoint", "{0}", "--count", 5), "at least 10"),
+        (("--checkpoint", "{0}", "--steps", 1024, "--max_calls", 2000), "leave 1 images at 1024"),
+        (("--checkpoint", "{0}", "--steps", 0), "--steps: take from 1"),
+        (("--checkpoint", "{0}", "--sampler", "euler"), "euler"),
+        (("--checkpoint", "{0}", "--features", "vgg"), "not one of digits, inception"),
+        (("--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
+        (("--checkpoint", "{0}", "--images", "none.npz"), "none.npz: not a readable .npz"),
+    ],
+)
+def test_bad_arguments(workshop, tmp_path, capsys, arguments, hint):
+    given = [str(a).format(workshop["made"][0]) for a in arguments]
+    capsys.readouterr()
+    assert run(evaluate, *given, "--output", tmp_path / "out") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert hint in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+# --- published weights ----------------------------------------------------------------------------
+
+
+def test_published_weights_are_the_ones_to_sample_with(workshop):
+    for made, published in zip(workshop["made"], workshop["published"], strict=True):
+        before, after = load_checkpoint(made), load_checkpoint(published)
+        assert (after.kind, after.num_steps, after.stage) == (
+            before.kind,
+            before.num_steps,
+            before.stage,
+        )
+        assert after.config == before.config
+        assert after.ema is None
+        for name, value in before.weights.items():
+            assert after.weights[name].dtype == torch.float32
+            torch.testing.assert_close(after.weights[name], value, rtol=1e-3, atol=1e-6)
+        assert published.stat().st_size < 0.55 * made.stat().st_size
+    teacher, _, student = (load_checkpoint(p) for p in workshop["published"])
+    parent = load_checkpoint(workshop["published"][1])
+    assert student.lineage["teacher"] == digest(parent.weights)
+    assert parent.lineage["teacher"] == digest(teacher.weights)
+
+
+def test_published_weights_are_sampled_and_distilled_from(workshop, tmp_path, capsys):
+    student = workshop["published"][2]
+    assert run(sample, "--checkpoint", student, "--output", tmp_path / "x.png") == 0
+    assert "2 steps of ddim" in capsys.readouterr().out
+    one_stage = ("--initial_sampling_steps", 1, "--distillation_iterations", 1)
+    ladder = ("--teacher_model_checkpoint", student, *one_stage)
+    assert run(distill, *ladder, "--output", tmp_path / "ladder") == 0
+    assert (tmp_path / "ladder" / "student-1.pt").exists()
+
+
+def test_damaged_published_weights_are_refused(workshop, tmp_path, capsys):
+    whole = workshop["published"][0].read_bytes()
+    path = tmp_path / "x.safetensors"
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    renamed = whole.replace(b"cosine", b"linear")
+    for data in (whole[:-10], bytes(flipped), renamed, b"", b"{}"):
+        assert data != whole
+        path.write_bytes(data)
+        assert run(sample, "--checkpoint", path) == 2
+        assert "x.safetensors: " in capsys.readouterr().err

@@ -1,0 +1,50 @@
+"""Makes files for others: python -m utils.publish --checkpoint A.pt B.pt --name mnist."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from utils.command import InputError, parse, run_command, say
+
+DESCRIPTION = """\
+Write checkpoints as .safetensors that hold the weights to sample with and say what they are:
+<name>-teacher of a base model, <name>-<steps>-steps of a student. sample.py, distill.py and
+evaluate.py take them as they take their own."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and writes the files. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, metavar="FILE.pt")
+    parser.add_argument("--name", required=True, help="what the files' names begin with")
+    parser.add_argument("--output", type=Path, default=Path("pretrained"), metavar="DIR")
+    parser.add_argument("--half", action="store_true", help="in float16: half as large")
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    return run_command(
+        lambda: publish(arguments.checkpoint, arguments.name, arguments.output, arguments.half)
+    )
+
+
+def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
+    """Writes each checkpoint; a student goes on naming its teacher where that is among them."""
+    from utils.checkpoint import digest, load_checkpoint, publish_checkpoint
+
+    if "/" in name:
+        raise InputError(f"--name {name}: a part of file names, without /")
+    checkpoints = [load_checkpoint(path) for path in paths]
+    renamed: dict[str, str] = {}  # the digest of weights -> that of the published ones
+    for checkpoint in sorted(checkpoints, key=lambda c: c.stage):
+        steps = checkpoint.num_steps
+        path = output / f"{name}-{'teacher' if steps is None else f'{steps}-steps'}.safetensors"
+        teacher = checkpoint.lineage.get("teacher", "")
+        lineage = {"teacher": renamed.get(teacher, teacher)} if teacher else {}
+        publish_checkpoint(path, replace(checkpoint, lineage=lineage), half)
+        renamed[digest(checkpoint.weights)] = digest(load_checkpoint(path).weights)
+        say(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
