@@ -5,11 +5,17 @@ BIN := $(VENV)/bin
 CONFIG := configs/quickstart.yaml
 NEWEST = $$(ls output/quickstart/diffusion-*.pt | sort -V | tail -n 1)
 RESULTS := output/distilled/quickstart
+SMALL := configs/mnist_small.yaml
+EVALUATE = $(BIN)/python evaluate.py --output output/evaluation
+PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help quickstart test test-slow torture lint format mutants clean
+.PHONY: help quickstart results evaluate experiments test test-slow torture lint format mutants clean
 
 help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
+	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
+	@echo 'make evaluate     measure the published weights (hours)'
+	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make torture      200 kills, 1,000 damaged files, 10,000 configs (about half an hour)'
@@ -34,6 +40,27 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python sample.py --checkpoint $(RESULTS)/student-8.pt --trajectory
 	@echo
 	@echo 'look at $(RESULTS)/comparison.png and ladder.png; the table is in ladder.md beside them'
+
+results: $(VENV)/.installed
+	$(BIN)/python train.py --config_path $(SMALL)
+	$(BIN)/python distill.py --config_path $(SMALL) \
+		--teacher_model_checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1)
+	$(BIN)/python -m utils.publish --half --name mnist --output pretrained \
+		--checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1) \
+		$(foreach n,64 32 16 8 4 2 1,output/distilled/mnist_small/student-$(n).pt)
+	$(MAKE) evaluate
+
+# Fewer images where steps are many; each call adds its rows to those of the ones before.
+evaluate: $(VENV)/.installed
+	$(EVALUATE) --checkpoint $(PUBLISHED) --steps 1024 --count 2000
+	$(EVALUATE) --checkpoint $(PUBLISHED) --steps 1 2 4 8 16 32 64 128 --count 5000 --max_calls 160000
+	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler ancestral \
+		--steps 1 2 4 8 16 32 64 128 1024 --count 5000 --max_calls 160000
+	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler dpm_solver++ \
+		--steps 1 2 4 8 16 32 64 --count 5000 --max_calls 160000
+
+experiments: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.experiments
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -91,14 +91,15 @@ def plan_jobs(
 class Comparison:
     """Measures sets of images against the same real ones.
 
-    extract: the frozen network; real: what is compared with.
+    extract: the frozen network; real: what is compared with; with_training: whether memorised
+    training images are looked for too.
     """
 
-    def __init__(self, extract: Extractor, real: RealImages) -> None:
+    def __init__(self, extract: Extractor, real: RealImages, with_training: bool = True) -> None:
         self.extract, self.real = extract, real
         self.reference = extract(real.reference, "features of real images")
         self.training = None
-        if real.training is not None:
+        if with_training and real.training is not None:
             self.training = extract(real.training, "features of training images")
             held_out = real.reference[:NEAREST]
             self.real_nearest = {

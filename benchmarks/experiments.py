@@ -1,0 +1,176 @@
+"""Which recipe makes the best teacher in equal CPU time: python -m benchmarks.experiments.
+
+Every variant of configs/mnist_small.yaml is trained by train.py for as many updates as fit into the
+same CPU time of one thread (timed on a few updates of its own), its learning rate falling to 0,
+and its samples are measured. Run the same command again to go on; --only runs some of them, so
+that several can run side by side.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+from utils.command import InputError, parse, run_command, say
+
+BASE = Path("configs/mnist_small.yaml")
+COMMON = ["training.learning_rate_decay=linear", "training.warmup=200"]
+SMALL_BATCH = "training.batch_size=32"
+VARIANTS = {
+    "base32": [SMALL_BATCH],
+    "b16": ["training.batch_size=16"],
+    "b64": ["training.batch_size=64"],
+    "c48": [SMALL_BATCH, "model.channels=48"],
+    "c24b2": [SMALL_BATCH, "model.channels=24", "model.blocks_per_level=2"],
+    "c32_124": [SMALL_BATCH, "model.channel_multipliers=[1,2,4]"],
+    "c16p1": [
+        SMALL_BATCH,
+        "model.patch_size=1",
+        "model.channels=16",
+        "model.channel_multipliers=[1,2,4,4]",
+    ],
+    "uniform": [SMALL_BATCH, "training.times=uniform"],
+    "trunc": [SMALL_BATCH, "diffusion.loss_weight=snr_trunc"],
+    "rate2": [SMALL_BATCH, "training.learning_rate=0.002"],
+    "ema999": [SMALL_BATCH, "training.ema_decay=0.999"],
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line, trains and measures. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=int, default=600, help="of CPU time for each (600)")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--count", type=int, default=1000, help="samples of each (1000)")
+    parser.add_argument("--steps", type=int, default=32, help="of DDIM (32)")
+    parser.add_argument("--output", type=Path, default=Path("output/experiments"))
+    parser.add_argument("--table", action="store_true", help="only print what is known so far")
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    return run_command(lambda: experiment(arguments))
+
+
+def experiment(arguments: argparse.Namespace) -> None:
+    """Trains and measures each variant, and prints the table."""
+    import torch
+
+    torch.set_num_threads(1)
+    if not arguments.table:
+        for name in arguments.only:
+            run_variant(name, arguments)
+    say(table(arguments))
+
+
+def run_variant(name: str, arguments: argparse.Namespace) -> None:
+    """Trains a variant to its end and writes result.json beside it."""
+    import train
+    from evaluation.comparison import Comparison
+    from evaluation.features import make_extractor
+    from evaluation.gallery import Gallery, real_images
+    from utils.checkpoint import load_checkpoint
+    from utils.config import load_config
+    from utils.distributed import World, choose_device
+    from utils.files import write_text
+
+    folder = arguments.output / name
+    plan_path, result_path = folder / "plan.json", folder / "result.json"
+    if result_path.exists():
+        return
+    overrides = [*COMMON, *VARIANTS[name]]
+    if not plan_path.exists():
+        per_update = cpu_seconds(load_config(BASE, overrides))
+        plan = {"per_update": per_update, "updates": int(arguments.seconds / per_update)}
+        write_text(plan_path, json.dumps(plan) + "\n")
+    plan = json.loads(plan_path.read_text())
+    overrides += [f"training.updates={plan['updates']}", "training.checkpoint_every=1000000"]
+    command = ["--config_path", str(BASE), "--output", str(folder), "--set", *overrides]
+    if train.main(command) != 0:
+        raise InputError(f"{name}: training ended before its time")
+    path = folder / f"diffusion-{plan['updates']}.pt"
+    checkpoint = load_checkpoint(path)
+    world = World(choose_device("cpu"))
+    gallery = Gallery(folder / "images", world, seed=0, batch_size=125)
+    images = gallery.images(checkpoint, path, "ddim", arguments.steps, arguments.count)
+    extract = make_extractor("digits", world.device)
+    row = Comparison(extract, real_images(checkpoint.config), with_training=False).foreign(
+        name, images
+    )
+    parameters = sum(tensor.numel() for tensor in checkpoint.model.values())
+    quality = row.quality
+    result = plan | {
+        "parameters": parameters,
+        "batch_size": checkpoint.config.training.batch_size,
+        "seconds": arguments.seconds,
+        "count": quality.count,
+        "frechet": quality.frechet,
+        "interval": quality.frechet_interval,
+        "confident": quality.confident,
+    }
+    write_text(result_path, json.dumps(result) + "\n")
+
+
+def cpu_seconds(config) -> float:  # type: ignore[no-untyped-def]
+    """The CPU time of an update, over some that are not the first."""
+    import torch
+
+    from utils.build import build_dataset, build_denoiser, build_network, build_schedule
+    from utils.distributed import World
+    from utils.training import Plan, Trainee, base_objective, make_optimizer, updates
+
+    device = torch.device("cpu")
+    network = build_network(config, device)
+    average = copy.deepcopy(network).requires_grad_(False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trainee = Trainee(network, network, average, make_optimizer(network), scaler)
+    batch_size = config.training.batch_size
+    plan = Plan(
+        seed=0,
+        stage=0,
+        updates=2**31,
+        batch_size=batch_size,
+        learning_rate=lambda update: 1e-5,
+        gradient_clip=1.0,
+        checkpoint_every=2**31,
+        ema_decay=0.999,
+    )
+    objective = base_objective(
+        build_denoiser(config, network, device), build_schedule(config), "snr_plus_one"
+    )
+    steps = updates(trainee, plan, build_dataset(config, device), objective, World(device))
+    count = max(20, 2000 // batch_size)
+    for _ in itertools.islice(steps, 5):
+        pass
+    begun = time.process_time()
+    for _ in itertools.islice(steps, count):
+        pass
+    return (time.process_time() - begun) / count
+
+
+def table(arguments: argparse.Namespace) -> str:
+    """What is known, the best first, as Markdown."""
+    results = {
+        name: json.loads(path.read_text())
+        for name in VARIANTS
+        if (path := arguments.output / name / "result.json").exists()
+    }
+    lines = [
+        "| variant | changes | parameters | updates | images seen | Frechet distance "
+        "| more than 90% sure |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, r in sorted(results.items(), key=lambda item: item[1]["frechet"]):
+        changes = ", ".join(change.partition(".")[2] for change in VARIANTS[name])
+        lines.append(
+            f"| {name} | {changes} | {r['parameters']:,} | {r['updates']:,} "
+            f"| {r['updates'] * r['batch_size']:,} | {r['frechet']:.2f} ± {r['interval']:.2f} "
+            f"| {r['confident']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
