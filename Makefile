@@ -55,7 +55,8 @@ evaluate: $(VENV)/.installed
 	$(EVALUATE) --checkpoint $(PUBLISHED) --steps 1024 --count 2000
 	$(EVALUATE) --checkpoint $(PUBLISHED) --steps 1 2 4 8 16 32 64 128 --count 5000 --max_calls 160000
 	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler ancestral \
-		--steps 1 2 4 8 16 32 64 128 1024 --count 5000 --max_calls 160000
+		--steps 1 2 4 8 16 32 64 128 --count 5000 --max_calls 160000
+	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler ancestral --steps 1024 --count 1000
 	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler dpm_solver++ \
 		--steps 1 2 4 8 16 32 64 --count 5000 --max_calls 160000
 

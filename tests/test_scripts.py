@@ -492,7 +492,7 @@ def test_an_output_that_is_a_file_is_one_line(workshop, tmp_path, capsys):
 
 def test_help_answers_without_importing_torch():
     code = "import sys, {0}; {0}.main(['--help']); sys.exit('torch' in sys.modules)"
-    for script in ("train", "distill", "sample"):
+    for script in ("train", "distill", "sample", "evaluate", "utils.publish"):
         process = start("-c", code.format(script))
         process.communicate(timeout=60)
         assert process.returncode == 0

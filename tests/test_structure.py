@@ -12,7 +12,8 @@ import pytest
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-OURS = {"diffusion", "models", "utils", "evaluation", "tests", "train", "distill", "sample"}
+SCRIPTS = ("train", "distill", "sample", "evaluate")
+OURS = {"diffusion", "models", "utils", "evaluation", "tests", *SCRIPTS}
 MAY_IMPORT = {
     "diffusion": {"diffusion"},
     "models": {"models"},
@@ -70,11 +71,11 @@ def test_shapes_are_checked_at_run_time():
 
 
 def test_functions_fit_on_a_screen_and_scripts_are_short():
-    for path in [*MODULES, Path("train"), Path("distill"), Path("sample")]:
+    for path in [*MODULES, *map(Path, SCRIPTS)]:
         for function in functions(path):
             length = function.end_lineno - function.lineno + 1
             assert length <= 75, f"{path}: {function.name} has {length} lines"
-    for script in ("train", "distill", "sample"):
+    for script in SCRIPTS:
         assert len((ROOT / script).with_suffix(".py").read_text().splitlines()) <= 150
 
 
