@@ -1,11 +1,10 @@
-import msgpack
-import numpy as np
 import pytest
 import torch
 
 from models.layers import Attention, ResBlock, group_norm, lecun_normal_, time_features
 from models.unet import UNet
 from tests.toys import GOLDEN, golden
+from utils.convert_jax import read_msgpack, state_dict_of
 
 SMALL = {
     "image_size": 16,
@@ -36,79 +35,6 @@ def awake(network):
 # --- the original's parameters ------------------------------------------------------------------
 
 
-def read_reference_parameters():
-    """ema_params of the original's checkpoint: arrays are ExtType 1 of (shape, dtype, bytes)."""
-
-    def array(code, data):
-        shape, dtype, content = msgpack.unpackb(data)
-        return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).astype(np.float64))
-
-    content = (GOLDEN / "checkpoint.msgpack").read_bytes()
-    return msgpack.unpackb(content, ext_hook=array, strict_map_key=False)["ema_params"]
-
-
-def to_state_dict(parameters, levels):
-    """The original's names and axes -> ours."""
-    state = {}
-
-    def put(name, weight, bias):
-        state[f"{name}.weight"], state[f"{name}.bias"] = weight, bias.flatten()
-
-    def norm(name, p):
-        put(name, p["scale"].flatten(), p["bias"])
-
-    def dense(name, p):
-        put(name, p["kernel"].T, p["bias"])
-
-    def conv(name, p):
-        put(name, p["kernel"].permute(3, 2, 0, 1), p["bias"])
-
-    def block(name, p):
-        norm(f"{name}.norm1", p["norm1"])
-        conv(f"{name}.conv1", p["conv1"])
-        dense(f"{name}.scale_shift", p["temb_proj"])
-        norm(f"{name}.norm2", p["norm2"])
-        conv(f"{name}.conv2", p["conv2"])
-        if "nin_shortcut" in p:
-            skip = p["nin_shortcut"]
-            put(f"{name}.skip", skip["kernel"].T[:, :, None, None], skip["bias"])
-
-    def attention(name, p):
-        norm(f"{name}.norm", p["norm"])
-        weights = [p[part]["kernel"].flatten(1).T for part in "qkv"]
-        biases = [p[part]["bias"].flatten() for part in "qkv"]
-        put(f"{name}.qkv", torch.cat(weights), torch.cat(biases))
-        put(f"{name}.out", p["proj_out"]["kernel"].flatten(0, 1).T, p["proj_out"]["bias"])
-
-    fixed = {
-        "dense0": (dense, "time_in"),
-        "dense1": (dense, "time_out"),
-        "class_emb": (dense, "class_embedding"),
-        "conv_in": (conv, "conv_in"),
-        "conv_out": (conv, "conv_out"),
-        "norm_out": (norm, "norm_out"),
-        "mid.block_1": (block, "middle_in"),
-        "mid.attn_1": (attention, "middle_attention"),
-        "mid.block_2": (block, "middle_out"),
-    }
-    for key, p in parameters.items():
-        if key in fixed:
-            convert, name = fixed[key]
-            convert(name, p)
-            continue
-        way_level, part = key.split(".")
-        way, level = way_level.split("_")
-        at = f"{way}.{int(level) if way == 'down' else levels - 1 - int(level)}"
-        kind, _, number = part.partition("_")
-        if kind == "block":
-            block(f"{at}.blocks.{number}", p)
-        elif kind == "attn":
-            attention(f"{at}.attentions.{number}", p)
-        else:
-            conv(f"{at}.resample.conv", p)
-    return state
-
-
 def test_the_unet_is_the_reference():
     network = UNet(
         **SMALL
@@ -121,7 +47,8 @@ def test_the_unet_is_the_reference():
             "num_classes": 10,
         }
     ).double()
-    network.load_state_dict(to_state_dict(read_reference_parameters(), levels=2))
+    path = GOLDEN / "checkpoint.msgpack"
+    network.load_state_dict(state_dict_of(read_msgpack(path)["ema_params"], 2, path))
     reference = golden("unet_B_io.npz")
     x, logsnr, label = reference["x"], reference["logsnr"], reference["y"]
     output = network(x, logsnr, label)
