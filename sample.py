@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--trajectory", action="store_true", help="also a GIF and a strip of the denoising")
     add("--seed", type=int, default=0, help="image k is a function of the seed and k (0)")
     add("--labels", metavar="0,1,2", help="classes, taken in turn; -1 is no class")
+    add("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
     add("--steps", type=int, metavar="N", help="by default the checkpoint's own")
     add("--sampler", help="ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++")
     add("--clip", action=argparse.BooleanOptionalAction, help="clip x_hat to [-1, 1] at each step")
@@ -57,6 +58,7 @@ def sample(arguments: argparse.Namespace) -> None:
             clip=arguments.clip,
             seed=arguments.seed,
             labels=arguments.labels,
+            guidance=arguments.guidance,
             batch_size=arguments.batch_size,
         )
         default = Path("output/samples") / f"{path.stem}-{request.num_steps}-steps"

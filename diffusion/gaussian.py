@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffusion.schedule import alpha_sigma
@@ -122,6 +122,24 @@ class Denoiser:
 def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
     """Binds a condition, for instance label=(B,) integers: the result takes (z, logsnr) alone."""
     return lambda z, logsnr: denoise(z, logsnr, **condition)
+
+
+def guided(denoise: Callable[..., Prediction], label: Int[Tensor, "b"], weight: float) -> Denoise:
+    """Classifier-free guidance: x_hat_w = (1 + w) x_hat(label) - w x_hat(no class), and eps_hat.
+
+    Ho & Salimans 2022, equation 6. Label -1 is no class. Both are asked for in one call of twice
+    the batch; w = 0 asks for the first alone.
+    """
+    if weight == 0.0:
+        return conditioned(denoise, label=label)
+    both = torch.cat([label, torch.full_like(label, -1)])
+
+    def guided_denoise(z: Tensor, logsnr: Tensor) -> Prediction:
+        prediction = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), label=both)
+        halves = [part.chunk(2) for part in prediction]
+        return Prediction(*((1 + weight) * known - weight * free for known, free in halves))
+
+    return guided_denoise
 
 
 def clipped(denoise: Denoise) -> Denoise:

@@ -11,7 +11,7 @@ from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
 from utils.checkpoint import Checkpoint
 from utils.command import say
 from utils.files import atomic_write, write_text
-from utils.images import decode, make_grid, save_png
+from utils.images import by_class, decode, make_grid, save_png
 from utils.runs import reference_steps
 from utils.stages import Run
 
@@ -68,7 +68,9 @@ class LadderReport:
         self.rows.append(row)
         if not self.run.world.leads:
             return
-        grid = make_grid(decode(images[: self.run.config.sampling.grid]))
+        count = self.run.config.model.num_classes
+        classes = None if count is None else range(count)
+        grid = make_grid(*by_class(decode(images[: self.run.config.sampling.grid]), classes))
         save_png(output / f"student-{num_steps}.png", grid, scale=2)
         write_table(output, self.run.name, self.rows, self.reference_steps, self.table())
         say(

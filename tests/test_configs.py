@@ -54,6 +54,7 @@ KEYS = {
     "training.warmup": mostly(0, 1000),
     "training.weight_decay": mostly(0.0, 0.1),
     "training.ema_decay": mostly(0.0, 0.9999),
+    "training.label_dropout": mostly(0.0, 0.1),
     "training.gradient_clip": mostly(None, 1.0),
     "training.checkpoint_every": mostly(1, 10),
     "training.keep_checkpoints": mostly(None, 2),

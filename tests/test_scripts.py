@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ import distill
 import sample
 import train
 from tests.toys import tiny
+from utils.build import build_network
 from utils.checkpoint import digest, load_checkpoint, save_checkpoint
+from utils.config import make_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,6 +259,37 @@ def test_classes_channels_and_flips_by_config_alone(tmp_path, channels):
     labelled = ("--checkpoint", student, "--count", 3, "--output", npz, "--labels", "0,-1")
     assert run(sample, *labelled) == 0
     assert np.load(npz)["arr_0"].shape == (3, 32, 32, channels)
+
+
+def test_guidance_and_a_row_for_each_class(workshop, tmp_path, capsys):
+    teacher = tmp_path / "teacher.pt"
+    stored = load_checkpoint(workshop["teacher"])
+    values = stored.config.model_dump(mode="json")
+    values["model"]["num_classes"], values["training"]["label_dropout"] = 3, 0.3
+    conditional = make_config(values, "x")
+    network = build_network(conditional, torch.device("cpu"))
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    weights = network.state_dict()
+    save_checkpoint(teacher, replace(stored, config=conditional, model=weights, ema=None))
+    pictures = {}
+    for guidance in ("0", "2.5"):
+        out = tmp_path / f"{guidance}.png"
+        asked = ("--checkpoint", teacher, "--guidance", guidance, "--output", out)
+        assert run(sample, *asked) == 0
+        with Image.open(out) as picture:
+            pictures[guidance] = np.asarray(picture)
+            assert picture.size == (2 * (3 * 34 - 2), 2 * (3 * 34 - 2)), "3 rows of 9 / 3 images"
+    assert (pictures["0"] != pictures["2.5"]).any()
+    grid = run(sample, "--checkpoint", teacher, "--count", 9, "--output", tmp_path / "x.npz")
+    images = np.load(tmp_path / "x.npz")["arr_0"][..., 0]
+    assert grid == 0
+    assert (pictures["0"][0:64:2, 68:132:2] == images[3]).all(), "the second of class 0"
+    assert "--guidance 2.0: this checkpoint knows no classes" in refused(
+        capsys, sample, "--checkpoint", workshop["teacher"], "--guidance", "2"
+    )
+    assert "from 0 to 1000" in refused(capsys, sample, "--checkpoint", teacher, "--guidance", "nan")
 
 
 def test_an_image_folder_trains(tmp_path):

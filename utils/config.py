@@ -142,6 +142,7 @@ class TrainingConfig(Recipe):
 
     learning_rate_decay: constant after the warm-up, or linear to 0. times: uniform in [0, 1], or
     stratified: one in each of batch_size equal parts of it, which makes the gradient less noisy.
+    label_dropout: the share of images shown without their class, for classifier-free guidance.
     keep_checkpoints: how many of the newest stay, null for all; multiples of milestone_every do.
     """
 
@@ -152,6 +153,7 @@ class TrainingConfig(Recipe):
     warmup: Annotated[int, Field(ge=0, le=2**31)] = 1000
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     ema_decay: Fraction = 0.9999
+    label_dropout: Fraction = 0.0
     keep_checkpoints: Annotated[int, Field(ge=2, le=2**31)] | None = None
     milestone_every: Count | None = None
 
@@ -253,6 +255,11 @@ class Config(Section):
                     f"model.attention_resolutions: {resolution} does not occur; the levels have "
                     f"{', '.join(map(str, resolutions))}"
                 )
+        if self.training.label_dropout and model.num_classes is None:
+            raise ValueError(
+                f"training.label_dropout: {self.training.label_dropout} of no labels; set "
+                "model.num_classes, or leave it at 0"
+            )
         widths = [model.channels * multiplier for multiplier in model.channel_multipliers]
         if resolutions[-1] == 1 and widths[-1] == math.gcd(32, widths[-1]):
             raise ValueError(

@@ -38,6 +38,18 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tenso
     return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
 
 
+def by_class(images: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, int | None]:
+    """Images whose classes take turns, brought into a row for each; and how many columns that is.
+
+    Those beyond the last whole turn are left out. Without classes the images as they are, and None.
+    """
+    turns = len(images) // len(classes) if classes else 0
+    if classes is None or not turns:
+        return images, None
+    whole = images[: turns * len(classes)]
+    return rearrange(whole, "(n k) c h w -> (k n) c h w", k=len(classes)), turns
+
+
 def save_png(path: Path, image: Tensor, scale: int = 1) -> None:
     """Writes one uint8 image (C, H, W), each pixel scale x scale."""
     enlarged = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

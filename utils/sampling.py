@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from diffusion.gaussian import Denoise, Denoiser, Prediction, clipped, conditioned
+from diffusion.gaussian import Denoise, Denoiser, Prediction, clipped, guided
 from diffusion.samplers import OnStep, make_sampler
 from diffusion.schedule import Schedule, sampling_levels
 from utils.build import build_schedule, image_shape
@@ -19,7 +19,7 @@ from utils.command import InputError, warn
 from utils.config import Config
 from utils.distributed import World
 from utils.files import atomic_write
-from utils.images import decode, make_grid, save_gif, save_png, to_pillow
+from utils.images import by_class, decode, make_grid, save_gif, save_png, to_pillow
 from utils.progress import progress_bar
 from utils.randomness import ImageNoise
 
@@ -33,11 +33,12 @@ def sample_batch(
     sampler: str = "ddim",
     clip: bool,
     labels: Tensor | None = None,
+    guidance: float = 0.0,
     on_step: OnStep | None = None,
     title: str = "sampling",
 ) -> Tensor:
     """One image for each of the noise's generators, float, in the model's range or near it."""
-    denoise: Denoise = denoiser if labels is None else conditioned(denoiser, label=labels)
+    denoise: Denoise = denoiser if labels is None else guided(denoiser, labels, guidance)
     if clip:
         denoise = clipped(denoise)
     with progress_bar(num_steps, title, "step", leave=False) as bar:
@@ -77,6 +78,7 @@ class SampleRequest:
     clip: bool
     seed: int
     classes: Sequence[int] | None
+    guidance: float = 0.0
     batch_size: int = 64
 
     @classmethod
@@ -91,6 +93,7 @@ class SampleRequest:
         clip: bool | None = None,
         seed: int | None = None,
         labels: str | None = None,
+        guidance: float = 0.0,
         batch_size: int = 64,
     ) -> "SampleRequest":
         """The request as the checkpoint would have it, but for what is given.
@@ -119,6 +122,9 @@ class SampleRequest:
                 f"this student was distilled for DDIM: {sampler} asks for the mean of the images "
                 "at each level, of which a student keeps one, and looks blurred or noisy"
             )
+        classes = _parse_labels(labels, checkpoint.config.model.num_classes)
+        if guidance:
+            _require_guidable(guidance, checkpoint)
         return cls(
             config=checkpoint.config,
             denoiser=denoiser,
@@ -127,7 +133,8 @@ class SampleRequest:
             sampler=sampler,
             clip=sampling.clip if clip is None else clip,
             seed=checkpoint.config.seed if seed is None else seed,
-            classes=_parse_labels(labels, checkpoint.config.model.num_classes),
+            classes=classes,
+            guidance=guidance,
             batch_size=batch_size,
         )
 
@@ -141,6 +148,7 @@ class SampleRequest:
             sampler=self.sampler,
             clip=self.clip,
             labels=class_labels(indices, self.classes, self.world.device),
+            guidance=self.guidance,
             on_step=on_step,
         )
         return decode(x).cpu()
@@ -161,6 +169,21 @@ class SampleRequest:
                 indices = range(start, min(count, start + size))
                 yield indices, self.draw(indices)
                 images.update(min(count - images.n, len(indices) * self.world.size))
+
+
+def _require_guidable(weight: float, checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    if not 0.0 <= weight <= 1000.0:  # not NaN either
+        raise InputError(f"--guidance {weight}: take a number from 0 to 1000")
+    if config.model.num_classes is None:
+        raise InputError(
+            f"--guidance {weight}: this checkpoint knows no classes; leave --guidance out"
+        )
+    if checkpoint.num_steps or not config.training.label_dropout:
+        warn(
+            "this model was never shown images without their class (training.label_dropout of a "
+            "base model), so guidance asks it for what it has not learnt"
+        )
 
 
 def _parse_labels(text: str | None, num_classes: int | None) -> Sequence[int] | None:
@@ -188,7 +211,7 @@ def write_grid(
     The processes share a grid's images; a trajectory is drawn by one alone.
     """
     if not trajectory:
-        grid = make_grid(request.draw_all(count))
+        grid = make_grid(*by_class(request.draw_all(count), request.classes))
         if request.world.leads:
             save_png(path, grid, scale=2)
         return [path]
@@ -201,12 +224,12 @@ def write_grid(
 
     def on_step(i: int, z: Tensor, prediction: Prediction) -> None:
         if i in shown:
-            frames.append(make_grid(decode(z).cpu()))
+            frames.append(make_grid(*by_class(decode(z).cpu(), request.classes)))
         if i in kept:
             strip.append(torch.stack([decode(z[:6]), decode(prediction.x[:6])], dim=1).cpu())
 
     drawn = request.draw(range(count), on_step)
-    frames.append(make_grid(drawn))
+    frames.append(make_grid(*by_class(drawn, request.classes)))
     strip.append(drawn[:6, None].expand(-1, 2, -1, -1, -1))
     gif, png = path.with_suffix(".gif"), path.with_name(f"{path.stem}-strip.png")
     save_png(path, frames[-1], scale=2)

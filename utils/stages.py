@@ -16,7 +16,7 @@ from utils.command import InputError, say
 from utils.config import Config
 from utils.data import Dataset
 from utils.distributed import World
-from utils.images import make_grid, save_png
+from utils.images import by_class, make_grid, save_png
 from utils.runs import (
     delete_run,
     newest_whole,
@@ -157,7 +157,8 @@ def train_base(run: Run) -> Path:
         request = SampleRequest.of(snapshot(), sampled, run.world)
         images = request.draw_all(config.sampling.grid)
         if run.world.leads:
-            save_png(path_now().with_suffix(".png"), make_grid(images), scale=2)
+            grid = make_grid(*by_class(images, request.classes))
+            save_png(path_now().with_suffix(".png"), grid, scale=2)
         return images
 
     objective = base_objective(
@@ -165,6 +166,7 @@ def train_base(run: Run) -> Path:
         build_schedule(config),
         config.diffusion.loss_weight,
         stratified=training.times == "stratified",
+        label_dropout=training.label_dropout,
     )
     if run.world.leads:
         prune_old()  # a kill may have come before it

@@ -155,12 +155,17 @@ def base_rate(training: TrainingConfig) -> Callable[[int], float]:
 
 
 def base_objective(
-    denoiser: Denoiser, schedule: Schedule, weight: str, stratified: bool = False
+    denoiser: Denoiser,
+    schedule: Schedule,
+    weight: str,
+    stratified: bool = False,
+    label_dropout: float = 0.0,
 ) -> Objective:
     """The denoising loss in continuous time, t ~ U(0, 1) (Salimans & Ho 2022, algorithm 1).
 
     stratified: the n-th of B images has t ~ U(n/B, (n+1)/B), in one part of [0, 1] each. The mean
-    over the batch has the same expectation and a smaller variance.
+    over the batch has the same expectation and a smaller variance. label_dropout: the share of
+    images whose class is kept from the network, for classifier-free guidance.
     """
 
     def draw(rng: torch.Generator, shape: torch.Size) -> Drawn:
@@ -168,12 +173,16 @@ def base_objective(
         t = torch.rand(shape[0], generator=rng, device=rng.device, dtype=torch.float64)
         if stratified:
             t = (t + torch.arange(shape[0], device=rng.device)) / shape[0]
-        return eps, t
+        if not label_dropout:
+            return eps, t
+        return eps, t, torch.rand(shape[0], generator=rng, device=rng.device) < label_dropout
 
-    def loss(x: Tensor, labels: Tensor | None, eps: Tensor, t: Tensor) -> Tensor:
+    def loss(x: Tensor, labels: Tensor | None, eps: Tensor, t: Tensor, *dropped: Tensor) -> Tensor:
+        if labels is not None and dropped:
+            labels = labels.masked_fill(dropped[0], -1)
         return denoising_loss(_bound(denoiser, labels), x, eps, schedule(t), LOSS_WEIGHTS[weight])
 
-    return Objective(draw, loss, lambda eps, t: schedule(t))
+    return Objective(draw, loss, lambda eps, t, *dropped: schedule(t))
 
 
 def student_objective(

@@ -12,6 +12,7 @@ from diffusion.gaussian import (
     ddim_step,
     diffuse,
     eps_from_x,
+    guided,
     posterior,
     velocity,
 )
@@ -116,3 +117,29 @@ def test_a_condition_reaches_the_network():
     label = torch.tensor([1, 2])
     conditioned(Denoiser(network, "v"), label=label)(torch.zeros(2, 1, 2, 2), torch.zeros(2))
     assert seen[0] is label
+
+
+def classful(calls):
+    """A denoiser of v whose output depends on the class, -1 being none; it counts its calls."""
+
+    def network(z, logsnr, label):
+        calls.append(len(z))
+        shift = 0.1 * label.to(z.dtype).reshape(-1, 1, 1, 1)
+        return 0.5 * torch.tanh(z + shift)
+
+    return Denoiser(network, "v")
+
+
+@given(st.floats(0.0, 8.0), st.integers(0, 2**32 - 1))
+def test_guidance_is_the_papers_formula(weight, seed):
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(3, 2, 4, 4, generator=rng, dtype=torch.float64)
+    logsnr = 20 * torch.rand(3, generator=rng, dtype=torch.float64) - 10
+    label, none = torch.tensor([0, 3, 5]), torch.full((3,), -1)
+    calls = []
+    denoise = classful(calls)
+    found = guided(denoise, label, weight)(z, logsnr)
+    assert calls == ([3] if weight == 0 else [6]), "one call, of twice the batch where it must be"
+    known, free = denoise(z, logsnr, label=label), denoise(z, logsnr, label=none)
+    close(found.x, (1 + weight) * known.x - weight * free.x)
+    close(found.eps, eps_from_x(z, found.x, logsnr), rtol=1e-6, atol=1e-9)

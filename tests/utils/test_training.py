@@ -169,6 +169,25 @@ def test_base_times_are_continuous(stratified):
     assert furthest < (0.001 if stratified else 0.03)
 
 
+def test_labels_are_dropped_as_often_as_asked():
+    seen = []
+
+    def network(z, logsnr, label):
+        seen.append(label)
+        return torch.zeros_like(z)
+
+    from diffusion.gaussian import Denoiser
+
+    x, labels = torch.zeros(4096, 1, 1, 1), torch.full((4096,), 7)
+    for share in (0.0, 0.25):
+        objective = base_objective(Denoiser(network, "v"), COSINE, "snr_trunc", False, share)
+        drawn = objective.draw(generator("cpu", 0), x.shape)
+        objective.loss(x, labels, *drawn)
+        assert objective.logsnr(*drawn).shape == (4096,)
+        assert set(seen[-1].unique().tolist()) <= {-1, 7}
+        assert (seen[-1] == -1).float().mean().item() == pytest.approx(share, abs=0.02)
+
+
 # --- the loop -------------------------------------------------------------------------------
 
 
