@@ -168,6 +168,7 @@ class Comparison:
             else squared_distance(images, _images_of(teacher, gallery)),
             to_base=to_base,
             same_class=same_class,
+            asked_class=asked_share(features.logits, job.checkpoint.config.model.num_classes),
             memorised_pixels=pixels,
             memorised_features=nearness,
             weights=digest(job.checkpoint.weights),
@@ -202,6 +203,14 @@ def squared_distance(a: UInt8[Tensor, "n c h w"], b: UInt8[Tensor, "m c h w"]) -
     """The mean squared distance of pixels in the model's range, over the images that both have."""
     size = min(len(a), len(b))
     return (encode(a[:size]) - encode(b[:size])).square().mean().item()
+
+
+def asked_share(logits: Float[Tensor, "n k"] | None, num_classes: int | None) -> float | None:
+    """The share of a conditional model's images, drawn for the classes in turn, that are theirs."""
+    if logits is None or num_classes != logits.shape[1]:
+        return None
+    asked = torch.arange(len(logits)) % num_classes
+    return (logits.argmax(1) == asked).float().mean().item()
 
 
 def agreement(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> float:

@@ -23,7 +23,8 @@ class Row:
     name: of the checkpoint, or where the images come from. kind: base, student, images, floor.
     to_teacher, to_base: mean squared distance in the model's range, from the same noise, to the
     images of a student's own teacher and of the base model at its most steps; same_class: the
-    share of digits whose class agrees with the base model's. memorised: the shares of samples that
+    share of digits whose class agrees with the base model's; asked_class: with the class that a
+    conditional model was asked for. memorised: the shares of samples that
     are nearer to a training image than all but 1% of real ones, in pixels and in features.
     weights: their digest.
     """
@@ -36,6 +37,7 @@ class Row:
     to_teacher: float | None = None
     to_base: float | None = None
     same_class: float | None = None
+    asked_class: float | None = None
     memorised_pixels: float | None = None
     memorised_features: float | None = None
     weights: str = ""
@@ -110,6 +112,7 @@ COLUMNS = {
     "to its teacher": lambda r: _optional(r.to_teacher, ".4f"),
     "to the base": lambda r: _optional(r.to_base, ".4f"),
     "same class": lambda r: _optional(r.same_class, ".3f"),
+    "asked class": lambda r: _optional(r.asked_class, ".3f"),
     "memorised": lambda r: " ".join(
         f"{share:.3f}" for share in (r.memorised_pixels, r.memorised_features) if share is not None
     ),

@@ -14,6 +14,7 @@ import distill
 import evaluate
 import sample
 import train
+from evaluation.comparison import asked_share
 from evaluation.gallery import RealImages, real_images
 from tests.toys import tiny
 from utils import publish
@@ -93,6 +94,14 @@ def test_a_student_is_compared_with_its_teacher_from_the_same_noise(workshop):
     first = rows["tiny-4-steps", "ddim", 4]
     assert first["to_teacher"] == pytest.approx(first["to_base"]), "the base at 8 steps is both"
     assert rows["tiny-teacher", "ddim", 2]["to_teacher"] is None
+
+
+def test_conditional_models_are_asked_for_classes():
+    logits = torch.eye(10).repeat(3, 1)
+    assert asked_share(logits, 10) == 1.0
+    assert asked_share(logits.roll(1, 0), 10) == 0.0
+    assert asked_share(logits, 3) is None
+    assert asked_share(None, 10) is None
 
 
 def test_tables_and_a_figure_are_written(workshop):
