@@ -3,10 +3,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils.build import build_network
 from utils.command import InputError
 from utils.config import (
     Config,
@@ -257,3 +259,24 @@ def test_a_config_survives_json_and_tells_differences():
     config = make_config({"model": {"channels": 64}, "seed": 3}, "x")
     assert make_config(config.model_dump(mode="json"), "x") == config
     assert differences(config, Config(), ("seed", "data", "model")) == ["seed", "model.channels"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "last_stages"),
+    [
+        ("cifar10", 60_004_099, 100_000),
+        ("imagenet64", 295_905_222, 100_000),
+        ("lsun128", 139_578_502, 100_000),
+    ],
+)
+def test_the_papers_configs_are_the_papers(name, parameters, last_stages):
+    config = load_config(CONFIGS / "paper" / f"{name}.yaml", [])
+    network = build_network(config, torch.device("meta"))
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    ladder = config.distillation.ladder()
+    assert ladder[-1] == 1
+    assert ladder[0] == (4096 if name == "cifar10" else 512)
+    assert [config.distillation.stage(n)[0] for n in (-2, -1)] == [last_stages] * 2
+    assert config.distillation.stage(0)[0] == 50_000
+    assert config.data.horizontal_flip
+    assert config.diffusion.loss_weight == config.distillation.loss_weight == "snr_trunc"
