@@ -9,13 +9,14 @@ SMALL := configs/mnist_small.yaml
 EVALUATE = $(BIN)/python evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help quickstart results evaluate experiments test test-slow torture lint format mutants clean
+.PHONY: help quickstart results evaluate experiments ablation test test-slow torture lint format mutants clean
 
 help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
 	@echo 'make evaluate     measure the published weights (hours)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
+	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make torture      200 kills, 1,000 damaged files, 10,000 configs (about half an hour)'
@@ -62,6 +63,9 @@ evaluate: $(VENV)/.installed
 
 experiments: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments
+
+ablation: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.ablation
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

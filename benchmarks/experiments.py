@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.command import InputError, parse, run_command, say
+from utils.command import INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
 
 BASE = Path("configs/mnist_small.yaml")
 COMMON = ["training.learning_rate_decay=linear", "training.warmup=200"]
@@ -37,6 +37,10 @@ VARIANTS = {
     "rate2": [SMALL_BATCH, "training.learning_rate=0.002"],
     "ema999": [SMALL_BATCH, "training.ema_decay=0.999"],
 }
+
+
+class Diverged(InputError):
+    """The training ended by itself, as it learnt nothing any more."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,50 +71,71 @@ def experiment(arguments: argparse.Namespace) -> None:
 
 def run_variant(name: str, arguments: argparse.Namespace) -> None:
     """Trains a variant to its end and writes result.json beside it."""
+    folder = arguments.output / name
+    trained = train_for(arguments.seconds, folder, BASE, [*COMMON, *VARIANTS[name]])
+    measure(trained, folder, ["ddim"], arguments.steps, arguments.count)
+
+
+def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> Path:
+    """Trains a config for so much CPU time of one thread; returns the last checkpoint.
+
+    How many updates that is, is timed once and kept in plan.json. Raises Diverged.
+    """
     import train
+    from utils.config import load_config
+    from utils.files import write_text
+
+    plan_path = folder / "plan.json"
+    if not plan_path.exists():
+        per_update = cpu_seconds(load_config(base, overrides))
+        plan = {"per_update": per_update, "updates": int(seconds / per_update)}
+        write_text(plan_path, json.dumps(plan) + "\n")
+    updates = json.loads(plan_path.read_text())["updates"]
+    last = folder / f"diffusion-{updates}.pt"
+    if not last.exists():
+        more = [f"training.updates={updates}", "training.checkpoint_every=1000000"]
+        command = ["--config_path", str(base), "--output", str(folder), "--set", *overrides, *more]
+        code = train.main(command)
+        if code == INTERRUPTED:
+            raise Stopped("stopped; run the same command again to go on")
+        if code != OK:
+            raise Diverged(f"{folder}: training ended before its time")
+    return last
+
+
+def measure(path: Path, folder: Path, samplers: list[str], steps: int, count: int) -> None:
+    """Draws and measures samples of a checkpoint; writes result.json, a row for each sampler."""
     from evaluation.comparison import Comparison
     from evaluation.features import make_extractor
     from evaluation.gallery import Gallery, real_images
     from utils.checkpoint import load_checkpoint
-    from utils.config import load_config
     from utils.distributed import World, choose_device
     from utils.files import write_text
 
-    folder = arguments.output / name
-    plan_path, result_path = folder / "plan.json", folder / "result.json"
-    if result_path.exists():
+    if (folder / "result.json").exists():
         return
-    overrides = [*COMMON, *VARIANTS[name]]
-    if not plan_path.exists():
-        per_update = cpu_seconds(load_config(BASE, overrides))
-        plan = {"per_update": per_update, "updates": int(arguments.seconds / per_update)}
-        write_text(plan_path, json.dumps(plan) + "\n")
-    plan = json.loads(plan_path.read_text())
-    overrides += [f"training.updates={plan['updates']}", "training.checkpoint_every=1000000"]
-    command = ["--config_path", str(BASE), "--output", str(folder), "--set", *overrides]
-    if train.main(command) != 0:
-        raise InputError(f"{name}: training ended before its time")
-    path = folder / f"diffusion-{plan['updates']}.pt"
     checkpoint = load_checkpoint(path)
     world = World(choose_device("cpu"))
     gallery = Gallery(folder / "images", world, seed=0, batch_size=125)
-    images = gallery.images(checkpoint, path, "ddim", arguments.steps, arguments.count)
     extract = make_extractor("digits", world.device)
-    row = Comparison(extract, real_images(checkpoint.config), with_training=False).foreign(
-        name, images
-    )
-    parameters = sum(tensor.numel() for tensor in checkpoint.model.values())
-    quality = row.quality
-    result = plan | {
-        "parameters": parameters,
+    comparison = Comparison(extract, real_images(checkpoint.config), with_training=False)
+    rows = {}
+    for sampler in samplers:
+        images = gallery.images(checkpoint, path, sampler, steps, count)
+        quality = comparison.foreign(sampler, images).quality
+        rows[sampler] = {
+            "frechet": quality.frechet,
+            "interval": quality.frechet_interval,
+            "confident": quality.confident,
+        }
+    result = {
+        "parameters": sum(tensor.numel() for tensor in checkpoint.model.values()),
         "batch_size": checkpoint.config.training.batch_size,
-        "seconds": arguments.seconds,
-        "count": quality.count,
-        "frechet": quality.frechet,
-        "interval": quality.frechet_interval,
-        "confident": quality.confident,
+        "updates": checkpoint.update,
+        "count": count,
+        "rows": rows,
     }
-    write_text(result_path, json.dumps(result) + "\n")
+    write_text(folder / "result.json", json.dumps(result) + "\n")
 
 
 def cpu_seconds(config) -> float:  # type: ignore[no-untyped-def]
@@ -162,12 +187,13 @@ def table(arguments: argparse.Namespace) -> str:
         "| more than 90% sure |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for name, r in sorted(results.items(), key=lambda item: item[1]["frechet"]):
+    for name, r in sorted(results.items(), key=lambda item: item[1]["rows"]["ddim"]["frechet"]):
+        row = r["rows"]["ddim"]
         changes = ", ".join(change.partition(".")[2] for change in VARIANTS[name])
         lines.append(
             f"| {name} | {changes} | {r['parameters']:,} | {r['updates']:,} "
-            f"| {r['updates'] * r['batch_size']:,} | {r['frechet']:.2f} ± {r['interval']:.2f} "
-            f"| {r['confident']:.3f} |"
+            f"| {r['updates'] * r['batch_size']:,} | {row['frechet']:.2f} ± {row['interval']:.2f} "
+            f"| {row['confident']:.3f} |"
         )
     return "\n".join(lines)
 

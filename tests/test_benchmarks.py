@@ -4,7 +4,9 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import cost, throughput
+import train
+from benchmarks import ablation, cost, experiments, throughput
+from evaluation.gallery import RealImages, real_images
 from tests.toys import tiny
 from utils.build import build_network
 from utils.config import load_config
@@ -53,3 +55,51 @@ def test_costs_are_counted_without_hardware(tmp_path, capsys):
     assert cost.main(arguments) == 0
     assert "| imagenet64 | 295.9 |" in capsys.readouterr().out
     assert cost.main([*arguments, "--tflops", "0"]) == 2
+
+
+@pytest.fixture
+def small_base(tmp_path, monkeypatch):
+    """A tiny config in the place of mnist_small's, and fewer real images."""
+    base = tmp_path / "tiny.yaml"
+    base.write_text(yaml.safe_dump(tiny()))
+
+    def few(config):
+        real = real_images(config)
+        return RealImages(real.reference[:500], real.floor[:500], None)
+
+    monkeypatch.setattr("evaluation.gallery.real_images", few)
+    for module in (experiments, ablation):
+        monkeypatch.setattr(module, "BASE", base)
+    return ["--seconds", "1", "--count", "20", "--steps", "2", "--output", str(tmp_path / "out")]
+
+
+def test_experiments_train_in_equal_time_and_go_on(small_base, tmp_path, monkeypatch, capsys):
+    variants = {"small": ["training.batch_size=4"], "large": ["training.batch_size=32"]}
+    monkeypatch.setattr(experiments, "VARIANTS", variants)
+    assert experiments.main(small_base) == 0
+    table = capsys.readouterr().out
+    assert table.count("\n| small |") == table.count("\n| large |") == 1
+    plans = [json.loads((tmp_path / f"out/{n}/plan.json").read_text()) for n in variants]
+    assert all(0.5 < plan["updates"] * plan["per_update"] <= 1 for plan in plans)
+    assert plans[0]["updates"] > plans[1]["updates"]
+    monkeypatch.setattr(train, "main", lambda command: 1 / 0)
+    assert experiments.main(small_base) == 0, "nothing is trained twice"
+    assert table.endswith(capsys.readouterr().out)
+
+
+def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "OUTPUTS", ("x", "v"))
+    monkeypatch.setattr(ablation, "WEIGHTS", ("snr_trunc",))
+    monkeypatch.setattr(ablation, "REPEATED", 1)
+    trained = train.main
+
+    def diverging(command):
+        return 2 if "diffusion.prediction=x" in command else trained(command)
+
+    monkeypatch.setattr(train, "main", diverging)
+    assert ablation.main(small_base) == 0
+    table = capsys.readouterr().out
+    assert "| x | diverged |" in table
+    (row,) = [line for line in table.splitlines() if line.startswith("| v |")]
+    assert row.count(" / ") == 2, "DDIM / ancestral, of two seeds"
+    assert row.count(";") == 1
