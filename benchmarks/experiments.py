@@ -25,6 +25,8 @@ VARIANTS = {
     "b64": ["training.batch_size=64"],
     "c48": [SMALL_BATCH, "model.channels=48"],
     "c24b2": [SMALL_BATCH, "model.channels=24", "model.blocks_per_level=2"],
+    "c32b2": [SMALL_BATCH, "model.blocks_per_level=2"],
+    "c24b3": [SMALL_BATCH, "model.channels=24", "model.blocks_per_level=3"],
     "c32_124": [SMALL_BATCH, "model.channel_multipliers=[1,2,4]"],
     "c16p1": [
         SMALL_BATCH,
