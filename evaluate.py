@@ -38,13 +38,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Draws all images first, then measures them and writes the tables."""
-    from evaluation.comparison import draw_all, measure_all, plan_jobs
+    from evaluation.comparison import (
+        draw_all,
+        known_results,
+        measure_all,
+        plan_jobs,
+        require_different_names,
+    )
     from evaluation.features import make_extractor
     from evaluation.gallery import Gallery, read_images, real_images
     from evaluation.results import markdown
     from utils.checkpoint import load_checkpoint
     from utils.config import load_config
-    from utils.distributed import join_world
+    from utils.distributed import World, join_world
 
     if min(arguments.count, arguments.batch_size, arguments.max_calls or 1) < 1:
         raise InputError("--count, --batch_size, --max_calls: take at least 1")
@@ -65,18 +71,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
     jobs = plan_jobs(
         checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
     )
+    require_different_names([*checkpoints, *arguments.images])
     foreign = {
         path.stem: read_images(path, data.image_size, data.channels) for path in arguments.images
     }
+    for name, images in foreign.items():
+        if len(images) < 10:
+            raise InputError(f"{name}: {len(images)} images; to measure takes at least 10")
     with join_world(arguments.device) as world:
         extract = make_extractor(
             arguments.features or ("digits" if data.name == "mnist" else "inception"), world.device
         )
         gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
+        known_results(output, extract)  # or refused, before hours of drawing
+        real = real_images(config)
         draw_all(jobs, gallery)
         if not world.leads:
             return
-        results = measure_all(jobs, foreign, extract, real_images(config), gallery, output)
+        alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
+        results = measure_all(jobs, foreign, extract, real, alone, output)
     say(
         f"\n{markdown(results)}\n\nwritten: {output}/results.md, .json, .csv and distances.png; "
         f"the images are in {output}/images"

@@ -86,22 +86,31 @@ def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> P
     import train
     from utils.config import load_config
     from utils.files import write_text
+    from utils.metrics import read_metrics
 
     plan_path = folder / "plan.json"
     if not plan_path.exists():
         per_update = cpu_seconds(load_config(base, overrides))
-        plan = {"per_update": per_update, "updates": int(seconds / per_update)}
+        updates = max(1, int(seconds / per_update))
+        plan = {"seconds": seconds, "per_update": per_update, "updates": updates}
         write_text(plan_path, json.dumps(plan) + "\n")
-    updates = json.loads(plan_path.read_text())["updates"]
+    plan = json.loads(plan_path.read_text())
+    if plan.get("seconds", seconds) != seconds:
+        raise InputError(f"{plan_path}: planned for {plan['seconds']} s; give another --output")
+    updates = plan["updates"]
     last = folder / f"diffusion-{updates}.pt"
     if not last.exists():
         more = [f"training.updates={updates}", "training.checkpoint_every=1000000"]
-        command = ["--config_path", str(base), "--output", str(folder), "--set", *overrides, *more]
+        command = ["--config_path", str(base), "--output", str(folder), "--device", "cpu"]
+        command += ["--set", *overrides, *more]
         code = train.main(command)
         if code == INTERRUPTED:
             raise Stopped("stopped; run the same command again to go on")
         if code != OK:
-            raise Diverged(f"{folder}: training ended before its time")
+            lines = read_metrics(folder / "metrics.jsonl") if folder.exists() else []
+            if lines and lines[-1].get("skipped"):
+                raise Diverged(f"{folder}: no finite gradient any more")
+            raise InputError(f"{folder}: training ended before its time")
     return last
 
 

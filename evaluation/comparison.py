@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from diffusion.samplers import make_sampler
 from evaluation.features import Extractor, Features
 from evaluation.gallery import Gallery, RealImages
 from evaluation.quality import (
@@ -64,6 +65,12 @@ def plan_jobs(
     count: of the images; less where steps x images would be more than max_calls. Raises InputError
     where too few are left to measure, and for networks that make images of different shapes.
     """
+    for sampler in samplers:
+        try:
+            make_sampler(sampler)
+        except ValueError as error:
+            raise InputError(f"--sampler: {error}") from None
+    require_different_names(list(checkpoints))
     jobs = []
     for path, checkpoint in checkpoints.items():
         own = checkpoint.num_steps
@@ -88,6 +95,14 @@ def plan_jobs(
     return jobs
 
 
+def require_different_names(paths: Sequence[Path]) -> None:
+    """Raises InputError where two files would be one row."""
+    stems = [path.stem for path in paths]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: two files of this name; rename one, or give another --output")
+
+
 class Comparison:
     """Measures sets of images against the same real ones.
 
@@ -110,7 +125,10 @@ class Comparison:
     def about_reference(self) -> dict[str, object]:
         """What the real images themselves are like."""
         logits = self.reference.logits
-        about: dict[str, object] = {"count": len(self.real.reference)}
+        about: dict[str, object] = {
+            "count": len(self.real.reference),
+            "digest": digest(self.real.reference),
+        }
         if logits is not None:
             about |= {"confident": confident_share(logits), "classes": class_shares(logits)}
         return about
@@ -147,13 +165,13 @@ class Comparison:
         teacher = next((other for other in jobs if _teaches(other, job)), None)
         base = max(
             (j for j in jobs if j.checkpoint.num_steps is None and j.sampler == "ddim"),
-            key=lambda j: j.steps,
+            key=lambda j: (j.checkpoint.update, j.steps),
             default=None,
         )
-        to_base = same_class = None
+        to_base = same_class = base_steps = None
         if base is not None and base is not job and job.sampler == "ddim":
             theirs = _images_of(base, gallery)
-            to_base = squared_distance(images, theirs)
+            to_base, base_steps = squared_distance(images, theirs), base.steps
             logits = self.extract(theirs).logits
             if logits is not None and features.logits is not None:
                 same_class = agreement(features.logits, logits)
@@ -171,7 +189,8 @@ class Comparison:
             asked_class=asked_share(features.logits, job.checkpoint.config.model.num_classes),
             memorised_pixels=pixels,
             memorised_features=nearness,
-            weights=digest(job.checkpoint.weights),
+            base_steps=base_steps,
+            source=gallery.key(job.checkpoint, job.sampler, job.steps),
         )
 
     def draw_nearest(self, path: Path, images: Images) -> None:
@@ -246,6 +265,17 @@ def draw_all(jobs: Sequence[Job], gallery: Gallery) -> None:
         )
 
 
+def known_results(output: Path, extract: Extractor) -> Results | None:
+    """What earlier calls have measured. Raises InputError where that was by other features."""
+    before = read_results(output / "results.json")
+    if before is not None and before.features != extract.name:
+        raise InputError(
+            f"{output}/results.json: measured by the features {before.features}; "
+            "give another --output"
+        )
+    return before
+
+
 def measure_all(
     jobs: Sequence[Job],
     foreign: Mapping[str, Images],
@@ -258,15 +288,15 @@ def measure_all(
 
     A row that an earlier call has measured, of the same weights, is not measured again.
     """
-    path = output / "results.json"
-    before = read_results(path)
-    if before is not None and before.features != extract.name:
-        raise InputError(
-            f"{path}: measured by the features {before.features}; give another --output"
-        )
     comparison = Comparison(extract, real)
-    results = Results(extract.name, comparison.about_reference(), before.rows if before else [])
-    known = {(row.key, row.weights) for row in results.rows}
+    about = comparison.about_reference()
+    before = known_results(output, extract)
+    if before is not None and before.reference.get("digest") != about["digest"]:
+        raise InputError(
+            f"{output}/results.json: measured against other real images; give another --output"
+        )
+    results = Results(extract.name, about, before.rows if before else [])
+    known = {(row.key, row.source) for row in results.rows}
 
     def add(row: Row) -> None:
         nonlocal results
@@ -281,7 +311,7 @@ def measure_all(
         add(comparison.foreign(name, images))
         comparison.draw_nearest(output / f"nearest-{name}.png", images)
     for job in jobs:
-        if (job.key, digest(job.checkpoint.weights)) not in known:
+        if (job.key, gallery.key(job.checkpoint, job.sampler, job.steps)) not in known:
             add(comparison.drawn(job, jobs, gallery))
             stem = f"nearest-{job.path.stem}-{job.sampler.replace(':', '-')}-{job.steps}.png"
             comparison.draw_nearest(output / stem, _images_of(job, gallery))

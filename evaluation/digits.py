@@ -52,14 +52,14 @@ class DigitNetwork(nn.Module):
 
 def load_digit_network(device: torch.device, path: Path = WEIGHTS) -> DigitNetwork:
     """The frozen network with the weights of the repository, in eval mode."""
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError):
-        raise InputError(
-            f"{path}: missing or damaged; restore it from the repository (git checkout {path.name})"
-        ) from None
     network = DigitNetwork()
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError):
+        raise InputError(
+            f"{path}: missing or damaged; restore it from the repository "
+            f"(git checkout evaluation/{path.name})"
+        ) from None
     return network.to(device).eval().requires_grad_(False)
 
 

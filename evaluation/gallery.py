@@ -37,13 +37,18 @@ class Gallery:
     def __init__(self, folder: Path, world: World, seed: int, batch_size: int) -> None:
         self.folder, self.world, self.seed, self.batch_size = folder, world, seed, batch_size
 
+    def key(self, checkpoint: Checkpoint, sampler: str, steps: int) -> str:
+        """What the images are a function of, as a digest."""
+        config = checkpoint.config
+        sections = [s.model_dump(mode="json") for s in (config.model, config.diffusion)]
+        made_by = [sections, config.sampling.clip, config.engine.precision]
+        return digest([checkpoint.weights, made_by, sampler, steps, self.seed])
+
     def images(
         self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, count: int
     ) -> UInt8[Tensor, "n c h w"]:
         """The first images, as they would be saved. where: the checkpoint's file, for errors."""
-        key = digest(
-            [checkpoint.weights, sampler, steps, checkpoint.config.sampling.clip, self.seed]
-        )
+        key = self.key(checkpoint, sampler, steps)
         folder = self.folder / f"{where.stem}-{sampler.replace(':', '-')}-{steps}-{key[:12]}"
         parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / CHUNK))]
         known = {n: images for n, path in enumerate(parts) if (images := _read(path)) is not None}
@@ -111,6 +116,11 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
         raise InputError(
             f"{path}: arr_0 is {array.dtype} {array.shape}; it should be uint8 (N, H, W, 1 or 3)"
         )
+    if array.shape[1:] != (image_size, image_size, channels):
+        raise InputError(
+            f"{path}: arr_0 is {array.shape}; to compare takes (N, {image_size}, {image_size}, "
+            f"{channels}), as the real images are"
+        )
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
@@ -140,7 +150,9 @@ def real_images(config: Config) -> RealImages:
             fit(read_mnist(folder, split)[0][:, None], data.image_size, data.channels)
             for split in ("t10k", "train")
         )
-        return RealImages(test, training[TRAINED_ON:], training)
+        # The files are in no random order, and some of a set must stand for all of it.
+        order = torch.randperm(10_000, generator=generator("cpu", "reference"))
+        return RealImages(test[order], training[TRAINED_ON:][order], training)
     dataset = build_dataset(config, torch.device("cpu"))
     if dataset.num_images < 100:
         raise InputError(f"{data.root}: {dataset.num_images} images; to compare takes at least 100")

@@ -102,18 +102,6 @@ def class_shares(logits: Float[Tensor, "n k"]) -> list[float]:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Memorised:
-    """Whether samples are copies of training images.
-
-    pixels, features: the share of samples that lie nearer to a training image than all but 1% of
-    real images do that were not trained on; 0.01 is what real digits have.
-    """
-
-    pixels: float
-    features: float
-
-
 def nearest(
     images: Float[Tensor, "n d"], training: Float[Tensor, "m d"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:

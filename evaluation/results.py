@@ -26,7 +26,9 @@ class Row:
     share of digits whose class agrees with the base model's; asked_class: with the class that a
     conditional model was asked for. memorised: the shares of samples that
     are nearer to a training image than all but 1% of real ones, in pixels and in features.
-    weights: their digest.
+    base_steps: of the base model's images in to_base and same_class. source: a digest of what the
+    images are a function of. Samples follow the training images, the digits' classifier has seen
+    most of them, and the real ones are test images: a few memorised ones more are no proof.
     """
 
     name: str
@@ -40,7 +42,8 @@ class Row:
     asked_class: float | None = None
     memorised_pixels: float | None = None
     memorised_features: float | None = None
-    weights: str = ""
+    base_steps: int | None = None
+    source: str = ""
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -50,7 +53,7 @@ class Row:
     @property
     def curve(self) -> str:
         """The curve of the figure that it is a point of."""
-        return {"student": "distilled", "base": f"teacher, {self.sampler}"}.get(
+        return {"student": "distilled", "base": f"{self.name}, {self.sampler}"}.get(
             self.kind, self.name
         )
 
@@ -110,7 +113,9 @@ COLUMNS = {
         f"{min(r.quality.classes):.3f}, {max(r.quality.classes):.3f}" if r.quality.classes else ""
     ),
     "to its teacher": lambda r: _optional(r.to_teacher, ".4f"),
-    "to the base": lambda r: _optional(r.to_base, ".4f"),
+    "to the base (at steps)": lambda r: (
+        "" if r.to_base is None else f"{r.to_base:.4f} ({r.base_steps})"
+    ),
     "same class": lambda r: _optional(r.same_class, ".3f"),
     "asked class": lambda r: _optional(r.asked_class, ".3f"),
     "memorised": lambda r: " ".join(
@@ -174,9 +179,11 @@ def draw_distances(path: Path, results: Results) -> None:
             linewidth=2 if title == "distilled" else 1.2,
             label=title,
         )
-    floors = [row.quality.frechet for row in results.rows if row.kind == "floor"]
+    floors = {r.quality.count: r.quality.frechet for r in results.rows if r.kind == "floor"}
     if floors:
-        axes.axhline(min(floors), color="grey", linestyle="--", label="real images (floor)")
+        most = max(floors)
+        title = f"real images, n = {most:,} (floor)"
+        axes.axhline(floors[most], color="grey", linestyle="--", label=title)
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance")
     axes.set_xticks(sorted({steps for points in curves.values() for steps in points}))
     axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,7 +95,12 @@ def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, 
     trained = train.main
 
     def diverging(command):
-        return 2 if "diffusion.prediction=x" in command else trained(command)
+        if "diffusion.prediction=x" not in command:
+            return trained(command)
+        folder = Path(command[command.index("--output") + 1])
+        line = {"stage": 0, "update": 9, "skipped": True}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return 2
 
     monkeypatch.setattr(train, "main", diverging)
     assert ablation.main(small_base) == 0

@@ -208,3 +208,15 @@ def test_restarts_with_a_shared_store_are_warned_of(monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError), join_world("cpu"):
         pass
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+
+
+def test_two_processes_share_an_evaluation(runs, tmp_path):
+    folder, _ = runs
+    checkpoint = ("--checkpoint", folder / "base-1" / "diffusion-4.pt", "--steps", 1)
+    measured = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}"
+        launch(processes, "evaluate.py", *checkpoint, "--count", 500, "--output", out)
+        rows = json.loads((out / "results.json").read_text())["rows"]
+        measured[processes] = [row["quality"]["frechet"] for row in rows]
+    assert measured[1] == pytest.approx(measured[2], rel=1e-3)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ import distill
 import evaluate
 import sample
 import train
-from evaluation.comparison import asked_share
+from evaluation.comparison import Comparison, asked_share
 from evaluation.gallery import RealImages, real_images
 from tests.toys import tiny
 from utils import publish
 from utils.checkpoint import digest, load_checkpoint
+from utils.config import make_config
+from utils.data import read_mnist
 from utils.sampling import SampleRequest
 
 
@@ -121,12 +124,15 @@ def test_tables_and_a_figure_are_written(workshop):
 def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(workshop["measured"], tmp_path / "again")
     command = (*workshop["command"][:-1], folder)
-    drawn = []
+    drawn, measured = [], []
+    row_of = Comparison.drawn
+    monkeypatch.setattr(Comparison, "drawn", lambda *a: measured.append(a) or row_of(*a))
     draw = SampleRequest.draw
     monkeypatch.setattr(SampleRequest, "draw", lambda *a: drawn.append(a[1]) or draw(*a))
     before = (folder / "results.json").read_text()
     assert run(evaluate, *command) == 0
     assert not drawn
+    assert not measured
     assert (folder / "results.json").read_text() == before
     chunk = sorted(folder.glob("images/tiny-teacher-ddim-2-*/00001.safetensors"))[0]
     whole = chunk.read_bytes()
@@ -168,7 +174,7 @@ def test_images_from_elsewhere(workshop, tmp_path, capsys):
         (("--checkpoint", "{0}", "--count", 5), "at least 10"),
         (("--checkpoint", "{0}", "--steps", 1024, "--max_calls", 2000), "leave 1 images at 1024"),
         (("--checkpoint", "{0}", "--steps", 0), "--steps: take from 1"),
-        (("--checkpoint", "{0}", "--sampler", "euler"), "euler"),
+        (("--checkpoint", "{0}", "--sampler", "ddim", "euler"), "euler"),
         (("--checkpoint", "{0}", "--features", "vgg"), "not one of digits, inception"),
         (("--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
         (("--checkpoint", "{0}", "--images", "none.npz"), "none.npz: not a readable .npz"),
@@ -182,6 +188,41 @@ def test_bad_arguments(workshop, tmp_path, capsys, arguments, hint):
     assert len(errors) == 1
     assert hint in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_other_noise_is_measured_anew_and_equal_names_are_refused(workshop, tmp_path, capsys):
+    out = tmp_path / "out"
+    common = ("--checkpoint", workshop["published"][2], "--count", 20, "--output", out)
+    distances = []
+    for seed in (0, 1):
+        assert run(evaluate, *common, "--seed", seed) == 0
+        distances.append([r["quality"]["frechet"] for r in rows_of(out) if r["kind"] != "floor"])
+    assert distances[0] != distances[1]
+    twin = tmp_path / workshop["published"][2].name
+    shutil.copy(workshop["published"][2], twin)
+    assert run(evaluate, "--checkpoint", twin, workshop["published"][2], "--output", out) == 2
+    assert "tiny-2-steps: two files of this name" in capsys.readouterr().err
+    assert run(publish, "--checkpoint", twin, twin, "--name", "x", "--output", tmp_path) == 2
+
+
+def test_real_images_are_in_no_order():
+    real = real_images(make_config(tiny(), "x"))
+    again = real_images(make_config(tiny(), "x"))
+    assert torch.equal(real.reference, again.reference)
+    images, _ = read_mnist(Path(__file__).parents[1] / "data" / "mnist", "t10k")
+    assert not torch.equal(real.reference[0, 0, 2:-2, 2:-2], images[0])
+    assert real.reference.long().sum() == images.long().sum()
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [((20, 28, 28, 1), "takes (N, 32, 32, 1)"), ((9, 32, 32, 1), "9 images; to measure takes")],
+)
+def test_images_that_do_not_fit(workshop, tmp_path, capsys, shape, hint):
+    np.savez(tmp_path / "x.npz", np.zeros(shape, np.uint8))
+    given = ("--images", tmp_path / "x.npz", "--config_path", workshop["config"])
+    assert run(evaluate, *given, "--output", tmp_path / "out") == 2
+    assert hint in capsys.readouterr().err
 
 
 # --- published weights ----------------------------------------------------------------------------

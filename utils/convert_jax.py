@@ -52,12 +52,15 @@ def convert(arguments: argparse.Namespace) -> None:
     model = state_dict_of(weights, levels, arguments.checkpoint)
     require_fit(model, config, arguments.checkpoint, arguments.config_path)
     update, steps = content.get("step"), content.get("num_sample_steps")
-    num_steps = int(steps) if isinstance(steps, int) and steps > 0 else None
+    for name, value in (("step", update), ("num_sample_steps", steps)):
+        if not (value is None or (isinstance(value, int) and value >= 0)):
+            raise InputError(f"{arguments.checkpoint}: {name} is no whole number")
+    num_steps = int(steps) if steps else None
     checkpoint = Checkpoint(
         kind="base" if num_steps is None else "student",
         name=arguments.config_path.stem,
         config=config,
-        update=int(update) if isinstance(update, int) else 0,
+        update=int(update or 0),
         stage=0 if num_steps is None else 1,
         num_steps=num_steps,
         model=model,
@@ -93,7 +96,10 @@ def read_msgpack(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: truncated, or no msgpack file ({str(error)[:60]})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a checkpoint of the paper")
-    return _joined(content)  # type: ignore[no-any-return]
+    try:
+        return _joined(content)  # type: ignore[no-any-return]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise InputError(f"{path}: holds an array in chunks that do not fit together") from None
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -116,7 +122,7 @@ def _extension(code: int, data: bytes) -> Any:
     tensor = torch.from_numpy(np.frombuffer(content, kind).copy()).reshape(sizes)
     if name == "bfloat16":
         tensor = tensor.view(torch.bfloat16)
-    return tensor.item() if code == SCALAR else tensor
+    return tensor if sizes else tensor.item()
 
 
 def _joined(value: Any) -> Any:
@@ -221,12 +227,12 @@ def state_dict_of(parameters: Parameters, levels: int, path: Path) -> State:
     for key, value in parameters.items():
         try:
             convert_part, name = _place_of(key, levels)
-            state |= convert_part(name, value)
+            state |= {n: t.float().contiguous() for n, t in convert_part(name, value).items()}
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError):
             raise InputError(
                 f"{path}: its {key!r} is not a part of the paper's network as it should be"
             ) from None
-    return {name: tensor.float().contiguous() for name, tensor in state.items()}
+    return state
 
 
 def require_fit(state: State, config: Any, path: Path, config_path: Path) -> None:

@@ -35,6 +35,9 @@ def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
     if "/" in name:
         raise InputError(f"--name {name}: a part of file names, without /")
     checkpoints = [load_checkpoint(path) for path in paths]
+    steps_of = [checkpoint.num_steps for checkpoint in checkpoints]
+    if len(set(steps_of)) < len(steps_of):
+        raise InputError("--checkpoint: two of them would have one name; publish each alone")
     renamed: dict[str, str] = {}  # the digest of weights -> that of the published ones
     for checkpoint in sorted(checkpoints, key=lambda c: c.stage):
         steps = checkpoint.num_steps

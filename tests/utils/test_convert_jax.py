@@ -122,6 +122,7 @@ def test_every_way_of_writing_is_read(run, content):
         }
         content["num_sample_steps"] = None
         content["step"] = array(np.int32(77), convert_jax.SCALAR)
+        content["optimizer"] = {"count": array(np.array(5, np.int32))}
 
     path = run(rewritten(content, change))
     expected = golden("unet_B_io.npz")["out"]
@@ -181,6 +182,20 @@ def test_another_config_is_named(run):
     assert "left over" in run(data, "--set", "model.num_classes=null")
 
 
+def test_arrays_of_no_dimension_are_numbers(run, content):
+    def change(content):
+        content["num_sample_steps"] = array(np.array(8, np.int32))
+
+    path = run(rewritten(content, change))
+    assert load_checkpoint(path).num_steps == 8
+    path.unlink()
+
+    def change_to_text(content):
+        content["num_sample_steps"] = "four"
+
+    assert "num_sample_steps is no whole number" in run(rewritten(content, change_to_text))
+
+
 class Hostile:
     def __reduce__(self):
         return (print, ("executed",))
@@ -199,6 +214,7 @@ class Hostile:
             msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((-1, -1), "uint8", b"x")))}),
             "not that of its 1 bytes",
         ),
+        (msgpack.packb({"__msgpack_chunked_array__": True}), "in chunks that do not fit"),
         (b"\x81" * 5000, "truncated, or no msgpack file"),
     ],
 )
