@@ -204,7 +204,6 @@ class Torture:
         self.places: Counter[str] = Counter()
         self.compared = 0
         self.seconds: dict[str, float] = {}
-        self.own_seconds: dict[str, float] = {}  # of the script as the shell starts it
         self.moments: dict[str, Counter[str]] = {}
         for name in self.commands:
             before = time.perf_counter()
@@ -213,10 +212,6 @@ class Torture:
             self.require_end(os.waitpid(pid, 0)[1])
             self.seconds[name] = time.perf_counter() - before
             self.moments[name] = Counter(json.loads(passed.read_text()))
-            before = time.perf_counter()
-            os.waitpid(self.launch(self.argv(name, "killed")), 0)
-            self.own_seconds[name] = time.perf_counter() - before
-            self.compare(name)
 
     @property
     def log(self) -> Path:
@@ -233,6 +228,14 @@ class Torture:
             return subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, stdout=log, stderr=log
             ).pid
+
+    def wait_for_training(self, name: str) -> None:
+        """Until a run that was just started opens its log, or half a minute."""
+        folder = self.folder / f"killed-{name}"
+        before = len(list(folder.rglob("events.out*")))
+        deadline = time.monotonic() + 30
+        while len(list(folder.rglob("events.out*"))) <= before and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def require_end(self, status: int) -> None:
         """A process that was not killed has ended well."""
@@ -273,14 +276,15 @@ class Torture:
     def kill_somewhere(self, name: str, own_process: bool) -> None:
         """One kill at a random moment; own_process: of the script as the shell starts it."""
         while True:
-            # the first part of a run is its start, and a resumed one does not need the last
-            delay = self.rng.uniform(0.1, 0.8) * self.seconds[name]
             command = self.argv(name, "killed")
             if own_process:
-                delay += self.own_seconds[name] - self.seconds[name]
                 pid = self.launch(command)
+                self.wait_for_training(name)
+                delay = self.rng.uniform(0.0, 0.4) * self.seconds[name]
             else:
                 pid = start(self.watch, command, self.log)
+                # the first part is the start, and a resumed run does not need the last
+                delay = self.rng.uniform(0.1, 0.8) * self.seconds[name]
             time.sleep(delay)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
