@@ -226,7 +226,11 @@ class Torture:
         """Starts a script as the shell does; returns the process's number."""
         with self.log.open("a") as log:
             return subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, stdout=log, stderr=log
+                [sys.executable, *command],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the forked ones: bit for bit
+                stdout=log,
+                stderr=log,
             ).pid
 
     def wait_for_training(self, name: str) -> None:
