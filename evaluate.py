@@ -46,7 +46,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         require_different_names,
     )
     from evaluation.features import make_extractor
-    from evaluation.gallery import Gallery, read_images, real_images
+    from evaluation.gallery import DIGITS, Gallery, read_images, real_images
     from evaluation.results import markdown
     from utils.checkpoint import load_checkpoint
     from utils.config import load_config
@@ -80,7 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise InputError(f"{name}: {len(images)} images; to measure takes at least 10")
     with join_world(arguments.device) as world:
         extract = make_extractor(
-            arguments.features or ("digits" if data.name == "mnist" else "inception"), world.device
+            arguments.features or ("digits" if data.name in DIGITS else "inception"), world.device
         )
         gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
         known_results(output, extract)  # or refused, before hours of drawing

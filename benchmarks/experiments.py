@@ -19,14 +19,18 @@ from utils.command import INTERRUPTED, OK, InputError, Stopped, parse, run_comma
 BASE = Path("configs/mnist_small.yaml")
 COMMON = ["training.learning_rate_decay=linear", "training.warmup=200"]
 SMALL_BATCH = "training.batch_size=32"
+DEEP = [SMALL_BATCH, "model.channels=24", "model.blocks_per_level=2"]
 VARIANTS = {
     "base32": [SMALL_BATCH],
     "b16": ["training.batch_size=16"],
     "b64": ["training.batch_size=64"],
     "c48": [SMALL_BATCH, "model.channels=48"],
-    "c24b2": [SMALL_BATCH, "model.channels=24", "model.blocks_per_level=2"],
+    "c24b2": DEEP,
     "c32b2": [SMALL_BATCH, "model.blocks_per_level=2"],
     "c24b3": [SMALL_BATCH, "model.channels=24", "model.blocks_per_level=3"],
+    "c24b2_rate2": [*DEEP, "training.learning_rate=0.002"],
+    "c24b2_attend4": [*DEEP, "model.attention_resolutions=[4]"],
+    "c24b2_b16_rate2": [*DEEP[1:], "training.batch_size=16", "training.learning_rate=0.002"],
     "c32_124": [SMALL_BATCH, "model.channel_multipliers=[1,2,4]"],
     "c16p1": [
         SMALL_BATCH,

@@ -56,7 +56,8 @@ def _digits(device: torch.device) -> Callable[[Tensor], Features]:
     network = load_digit_network(device)
 
     def call(images: Tensor) -> Features:
-        features, logits = network(encode(fit(images, 32, 1).to(device)))
+        grey = images.amax(1, keepdim=True)  # a digit of any colour is as bright as a white one
+        features, logits = network(encode(fit(grey, 32, 1).to(device)))
         return Features(features.cpu(), logits.cpu())
 
     return call

@@ -17,7 +17,7 @@ from utils.build import build_dataset, build_denoiser, build_network, load_weigh
 from utils.checkpoint import Checkpoint, digest
 from utils.command import InputError
 from utils.config import Config
-from utils.data import ImageFolder, fit, read_mnist
+from utils.data import ImageFolder, colored_mnist, fit, mnist
 from utils.distributed import World
 from utils.files import atomic_write
 from utils.progress import progress_bar
@@ -25,6 +25,7 @@ from utils.randomness import generator
 from utils.sampling import SampleRequest
 
 CHUNK = 250  # images a file
+DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the frozen classifier knows
 
 
 class Gallery:
@@ -138,16 +139,15 @@ class RealImages:
 
 
 def real_images(config: Config) -> RealImages:
-    """Of MNIST the 10,000 test images, and the 10,000 training images unknown to the classifier.
+    """Of digits the 10,000 test images, and the 10,000 training images unknown to the classifier.
 
     Of other data two disjoint sets of up to 10,000 training images. Raises InputError for less
     than 100 images.
     """
     data = config.data
-    if data.name == "mnist":
-        folder = Path(data.root) / "mnist"
+    if data.name in DIGITS:
         test, training = (
-            fit(read_mnist(folder, split)[0][:, None], data.image_size, data.channels)
+            fit(DIGITS[data.name](Path(data.root), split)[0], data.image_size, data.channels)
             for split in ("t10k", "train")
         )
         # The files are in no random order, and some of a set must stand for all of it.

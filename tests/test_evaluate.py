@@ -225,6 +225,36 @@ def test_images_that_do_not_fit(workshop, tmp_path, capsys, shape, hint):
     assert hint in capsys.readouterr().err
 
 
+def test_colour_images_go_through_the_whole_chain(tmp_path):
+    config = tmp_path / "colours.yaml"
+    data = {"name": "colored_mnist", "channels": 3}
+    config.write_text(yaml.safe_dump(tiny(data=data, sampling={"steps": 4})))
+    assert run(train, "--config_path", config, "--output", tmp_path / "base") == 0
+    teacher = tmp_path / "base" / "diffusion-4.pt"
+    assert load_checkpoint(teacher).weights["conv_in.weight"].shape[1] == 3 * 4 * 4  # patches
+    ladder = tmp_path / "ladder"
+    assert run(distill, "--teacher_model_checkpoint", teacher, "--output", ladder) == 0
+    student = ladder / "student-2.pt"
+    for path in (teacher.with_suffix(".png"), student.with_suffix(".png")):
+        with Image.open(path) as picture:
+            assert picture.mode == "RGB"
+            red, green, _ = np.asarray(picture).transpose(2, 0, 1)
+            assert (red != green).any()
+    file = tmp_path / "made.npz"
+    assert run(sample, "--checkpoint", student, "--count", 20, "--output", file) == 0
+    with np.load(file) as arrays:
+        assert arrays["arr_0"].shape == (20, 32, 32, 3)
+    out = tmp_path / "out"
+    given = ("--checkpoint", teacher, student, "--steps", 4, "--count", 20, "--images", file)
+    assert run(evaluate, *given, "--output", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["features"] == "digits"
+    assert results["reference"]["confident"] > 0.97, "a digit of any colour is as clear as a white"
+    assert {row["kind"] for row in results["rows"]} == {"floor", "images", "base", "student"}
+    made = {row["name"]: row["quality"]["frechet"] for row in results["rows"]}
+    assert made["made"] == pytest.approx(made["student-2"]), "the same images"
+
+
 # --- published weights ----------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.command import InputError
+from utils.randomness import generator
 
 Batch = tuple[Tensor, Tensor | None]
 """uint8 images (B, C, H, W) and int64 labels (B,), both on the training device."""
@@ -97,9 +98,24 @@ def _read_idx(folder: Path, name: str, header: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
 
 
-def _mnist(root: Path) -> tuple[Tensor, Tensor, int]:
-    images, labels = read_mnist(root / "mnist")
+def mnist(root: Path, split: str = "train") -> tuple[Tensor, Tensor, int]:
+    """Images (N, 1, 28, 28), labels (N,) and the number of classes."""
+    images, labels = read_mnist(root / "mnist", split)
     return images[:, None], labels, 10
+
+
+def colored_mnist(root: Path, split: str = "train") -> tuple[Tensor, Tensor, int]:
+    """MNIST's digits, each in a colour of its own on black: images (N, 3, 28, 28).
+
+    A colour is a random point of the cube, scaled so that its largest part is full: the maximum
+    over the channels is the grey digit. It is a function of the split and the image's number.
+    """
+    digits, labels, num_classes = mnist(root, split)
+    random = torch.rand(len(digits), 3, 1, 1, generator=generator("cpu", "colors", split))
+    colors = random / random.amax(1, keepdim=True)
+    parts = zip(digits.split(4096), colors.split(4096), strict=True)  # as they go through float
+    images = torch.cat([(d * c).round().to(torch.uint8) for d, c in parts])
+    return images, labels, num_classes
 
 
 # --- data sets that torchvision downloads -------------------------------------------------------
@@ -236,7 +252,8 @@ def _ignore_interrupts(worker: int) -> None:
 
 InMemory = Callable[[Path], tuple[Tensor, Tensor, int]]
 DATASETS: dict[str, InMemory | type[ImageFolder]] = {
-    "mnist": _mnist,
+    "mnist": mnist,
+    "colored_mnist": colored_mnist,
     "fashion_mnist": _torchvision("FashionMNIST", "fashion_mnist"),
     "kmnist": _torchvision("KMNIST", "kmnist"),
     "cifar10": _torchvision("CIFAR10", "cifar10"),

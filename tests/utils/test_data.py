@@ -49,6 +49,22 @@ def test_three_channels_and_other_sizes_come_from_the_config_alone():
     assert torch.equal(fit(colour, 32, 3), colour)
 
 
+def test_colored_digits_have_a_colour_each():
+    dataset = open_here("colored_mnist", channels=3)
+    assert (dataset.num_images, dataset.num_classes) == (60000, 10)
+    indices = torch.arange(200)
+    images, labels = next(dataset.batches([indices]))
+    grey, same_labels = next(open_here().batches([indices]))
+    assert torch.equal(images.amax(1, keepdim=True), grey)
+    assert torch.equal(labels, same_labels)
+    of_the_brightest = images.flatten(2).amax(2)  # its colour, (B, 3)
+    assert of_the_brightest.unique(dim=0).shape[0] == 200
+    assert not of_the_brightest.eq(0).all(0).any(), "every channel is in use"
+    again, _ = next(open_here("colored_mnist", channels=3).batches([indices]))
+    assert torch.equal(images, again)
+    assert next(open_here("colored_mnist").batches([indices]))[0].shape == (200, 1, 32, 32)
+
+
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "recompressed", "empty"])
 def test_a_damaged_mnist_file_is_named(tmp_path, name, damage):
