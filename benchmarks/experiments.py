@@ -1,6 +1,6 @@
 """Which recipe makes the best teacher in equal CPU time: python -m benchmarks.experiments.
 
-Every variant of configs/mnist_small.yaml is trained by train.py for as many updates as fit into the
+Every variant of a small network (COMMON) is trained by train.py for as many updates as fit into the
 same CPU time of one thread (timed on a few updates of its own), its learning rate falling to 0,
 and its samples are measured. Run the same command again to go on; --only runs some of them, so
 that several can run side by side.
@@ -17,7 +17,14 @@ from pathlib import Path
 from utils.command import INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
 
 BASE = Path("configs/mnist_small.yaml")
-COMMON = ["training.learning_rate_decay=linear", "training.warmup=200"]
+COMMON = [
+    "model.channels=32",
+    "model.blocks_per_level=1",
+    "training.batch_size=64",
+    "training.learning_rate=0.001",
+    "training.learning_rate_decay=linear",
+    "training.warmup=200",
+]
 SMALL_BATCH = "training.batch_size=32"
 DEEP = [SMALL_BATCH, "model.channels=24", "model.blocks_per_level=2"]
 VARIANTS = {
