@@ -47,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
-    from evaluation.results import markdown
+    from evaluation.results import markdown, summary
     from utils.checkpoint import load_checkpoint
     from utils.config import load_config
     from utils.distributed import World, join_world
@@ -90,8 +90,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             return
         alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
         results = measure_all(jobs, foreign, extract, real, alone, output)
+    say("\n\n".join(["", markdown(results), summary(results)]).rstrip())
     say(
-        f"\n{markdown(results)}\n\nwritten: {output}/results.md, .json, .csv and distances.png; "
+        f"\nwritten: {output}/results.md, .json, .csv and distances.png; "
         f"the images are in {output}/images"
     )
 

@@ -150,16 +150,22 @@ def draw_comparison(
     reference_steps: int,
     num_steps: int,
 ) -> None:
-    """Three grids side by side: teacher at the reference steps, teacher and student at few."""
+    """Grids of the same noise: teacher at the reference steps and at few, student at few, fewer."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    columns = [
+    grids = [
         (f"teacher, {_steps(reference_steps)}", teachers[reference_steps]),
         (f"teacher, {_steps(num_steps)}", teachers[num_steps]),
         (f"student, {_steps(num_steps)}", students[num_steps]),
     ]
-    for axes, (title, images) in zip(figure.subplots(1, 3), columns, strict=True):
+    fewer = [n for n in PICTURED_STAGES if n < num_steps and n in students]
+    grids += [(f"student, {_steps(n)}", students[n]) for n in fewer]
+    rows = 1 + bool(fewer)
+    figure = Figure(figsize=(12, 4.4 * rows), layout="constrained")
+    places = figure.subplots(rows, 3, squeeze=False).flat
+    for axes in places:
+        axes.set_axis_off()
+    for axes, (title, images) in zip(places, grids, strict=False):
         _show(axes, make_grid(decode(images)), title)
     _save(path, figure)
 

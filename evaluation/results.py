@@ -94,7 +94,8 @@ def write_results(folder: Path, results: Results) -> None:
     rows = [asdict(row) for row in results.rows]
     values = {"features": results.features, "reference": dict(results.reference), "rows": rows}
     write_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
-    write_text(folder / "results.md", markdown(results) + "\n")
+    parts = (summary(results), markdown(results), "![distances](distances.png)")
+    write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n")
     write_text(folder / "results.csv", _csv(results.rows))
     draw_distances(folder / "distances.png", results)
 
@@ -137,6 +138,39 @@ def markdown(results: Results) -> str:
         f"|{'|'.join('---:' if right else '---' for right in numeric)}|",
     ]
     lines += [f"| {' | '.join(f(row) for f in columns.values())} |" for row in results.rows]
+    return "\n".join(lines)
+
+
+def summary(results: Results) -> str:
+    """Frechet distances by sampling steps: a column for the students and one for each curve.
+
+    In each field the distance of the most samples. A student's is also divided by the base model's
+    at its most DDIM steps, of as many samples, as a distance falls with their number.
+    """
+    fields: dict[tuple[int, str], Row] = {}
+    for row in sorted(results.rows, key=lambda r: r.quality.count):
+        if row.steps is not None:
+            fields[row.steps, row.curve] = row
+    curves = sorted({curve for _, curve in fields}, key=lambda c: (c != "distilled", c))
+    bases = [r for r in results.rows if r.kind == "base" and r.sampler == "ddim"]
+    finest = max(bases, key=lambda r: (r.steps or 0, r.quality.count), default=None)
+    if finest is None or "distilled" not in curves:
+        return ""
+    count = finest.quality.count
+    over = {
+        row.steps: row.quality.frechet / finest.quality.frechet
+        for row in results.rows
+        if row.kind == "student" and row.quality.count == count
+    }
+    titles = ["steps", "distilled", f"over {finest.name}'s at {finest.steps}, n = {count:,}"]
+    lines = [f"| {' | '.join(titles + curves[1:])} |", f"|{'---:|' * (len(curves) + 2)}"]
+    for steps in sorted({steps for steps, _ in fields}, reverse=True):
+        cells = [
+            f"{row.quality.frechet:.3f} ± {row.quality.frechet_interval:.3f}" if row else ""
+            for row in (fields.get((steps, curve)) for curve in curves)
+        ]
+        ratio = f"{over[steps]:.2f}" if steps in over else ""
+        lines.append(f"| {' | '.join([str(steps), cells[0], ratio, *cells[1:]])} |")
     return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ import sample
 import train
 from evaluation.comparison import Comparison, asked_share
 from evaluation.gallery import RealImages, real_images
+from evaluation.quality import Quality
+from evaluation.results import Results, Row, summary
 from tests.toys import tiny
 from utils import publish
 from utils.checkpoint import digest, load_checkpoint
@@ -119,6 +121,29 @@ def test_tables_and_a_figure_are_written(workshop):
         assert picture.width > 500
         assert len(set(picture.convert("RGB").getdata())) > 50
     assert (folder / "nearest-tiny-2-steps-ddim-2.png").exists()
+
+
+def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
+    def row(kind, steps, count, frechet, sampler="ddim", name="t"):
+        quality = Quality(count, frechet, 0.1, 0.0, 0.0, 0.0)
+        return Row(name, kind, sampler, steps, quality)
+
+    rows = [
+        row("base", 1024, 200, 2.0),
+        row("base", 8, 500, 9.0),
+        row("base", 8, 500, 7.0, "ancestral"),
+        row("student", 8, 500, 2.5, name="s8"),
+        row("student", 8, 200, 3.0, name="s8"),
+        row("student", 4, 500, 4.0, name="s4"),
+    ]
+    lines = summary(Results("digits", {}, rows)).splitlines()
+    assert lines[0] == (
+        "| steps | distilled | over t's at 1024, n = 200 | t, ancestral | t, ddim |"
+    )
+    assert lines[2] == "| 1024 |  |  |  | 2.000 ± 0.100 |"
+    assert lines[3] == "| 8 | 2.500 ± 0.100 | 1.50 | 7.000 ± 0.100 | 9.000 ± 0.100 |"
+    assert lines[4] == "| 4 | 4.000 ± 0.100 |  |  |  |"
+    assert summary(Results("digits", {}, rows[:3])) == ""
 
 
 def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, capsys):
