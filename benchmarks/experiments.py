@@ -10,6 +10,7 @@ import argparse
 import copy
 import itertools
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -205,19 +206,28 @@ def table(arguments: argparse.Namespace) -> str:
         if (path := arguments.output / name / "result.json").exists()
     }
     lines = [
-        "| variant | changes | parameters | updates | images seen | Frechet distance "
-        "| more than 90% sure |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| variant | changes | parameters | updates | images seen | loss at the end "
+        "| Frechet distance | more than 90% sure |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, r in sorted(results.items(), key=lambda item: item[1]["rows"]["ddim"]["frechet"]):
         row = r["rows"]["ddim"]
         changes = ", ".join(change.partition(".")[2] for change in VARIANTS[name])
         lines.append(
             f"| {name} | {changes} | {r['parameters']:,} | {r['updates']:,} "
-            f"| {r['updates'] * r['batch_size']:,} | {row['frechet']:.2f} ± {row['interval']:.2f} "
+            f"| {r['updates'] * r['batch_size']:,} | {final_loss(arguments.output / name):.4f} "
+            f"| {row['frechet']:.2f} ± {row['interval']:.2f} "
             f"| {row['confident']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def final_loss(folder: Path) -> float:
+    """The mean over the last tenth of the updates."""
+    from utils.metrics import read_metrics
+
+    losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    return statistics.mean(losses[-max(1, len(losses) // 10) :])
 
 
 if __name__ == "__main__":
