@@ -141,37 +141,58 @@ def markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
+def finest_base(results: Results) -> Row | None:
+    """The base model's row of the most DDIM steps, and of the most samples among those."""
+    bases = [r for r in results.rows if r.kind == "base" and r.sampler == "ddim"]
+    return max(bases, key=lambda r: (r.steps or 0, r.quality.count), default=None)
+
+
+def by_curve(results: Results) -> dict[str, dict[int, Row]]:
+    """The rows by curve and steps, one for each.
+
+    Of as many samples as the finest base model's where there are such, else of the most: a distance
+    falls with the number of samples.
+    """
+    finest = finest_base(results)
+    wanted = 0 if finest is None else finest.quality.count
+    curves: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in sorted(results.rows, key=lambda r: (r.quality.count == wanted, r.quality.count)):
+        if row.steps is not None:
+            curves[row.curve][row.steps] = row
+    return curves
+
+
 def summary(results: Results) -> str:
     """Frechet distances by sampling steps: a column for the students and one for each curve.
 
-    In each field the distance of the most samples. A student's is also divided by the base model's
-    at its most DDIM steps, of as many samples, as a distance falls with their number.
+    A student's is also divided by the finest base model's, where both are of as many samples.
     """
-    fields: dict[tuple[int, str], Row] = {}
-    for row in sorted(results.rows, key=lambda r: r.quality.count):
-        if row.steps is not None:
-            fields[row.steps, row.curve] = row
-    curves = sorted({curve for _, curve in fields}, key=lambda c: (c != "distilled", c))
-    bases = [r for r in results.rows if r.kind == "base" and r.sampler == "ddim"]
-    finest = max(bases, key=lambda r: (r.steps or 0, r.quality.count), default=None)
+    curves, finest = by_curve(results), finest_base(results)
     if finest is None or "distilled" not in curves:
         return ""
     count = finest.quality.count
-    over = {
-        row.steps: row.quality.frechet / finest.quality.frechet
-        for row in results.rows
-        if row.kind == "student" and row.quality.count == count
-    }
-    titles = ["steps", "distilled", f"over {finest.name}'s at {finest.steps}, n = {count:,}"]
-    lines = [f"| {' | '.join(titles + curves[1:])} |", f"|{'---:|' * (len(curves) + 2)}"]
-    for steps in sorted({steps for steps, _ in fields}, reverse=True):
-        cells = [
-            f"{row.quality.frechet:.3f} ± {row.quality.frechet_interval:.3f}" if row else ""
-            for row in (fields.get((steps, curve)) for curve in curves)
-        ]
-        ratio = f"{over[steps]:.2f}" if steps in over else ""
+    titles = sorted(curves, key=lambda c: (c != "distilled", c))
+    heads = ["steps", "distilled", f"over {finest.name}'s at {finest.steps}", *titles[1:]]
+    lines = [
+        f"Frechet distances, n = {count:,} where no other is said:",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---:|' * len(heads)}",
+    ]
+    for steps in sorted({steps for points in curves.values() for steps in points}, reverse=True):
+        rows = [curves[title].get(steps) for title in titles]
+        cells = ["" if row is None else _distance(row, count) for row in rows]
+        student = rows[0]
+        ratio = ""
+        if student is not None and student.quality.count == count:
+            ratio = f"{student.quality.frechet / finest.quality.frechet:.2f}"
         lines.append(f"| {' | '.join([str(steps), cells[0], ratio, *cells[1:]])} |")
     return "\n".join(lines)
+
+
+def _distance(row: Row, usual_count: int) -> str:
+    said = "" if row.quality.count == usual_count else f" (n = {row.quality.count:,})"
+    return f"{row.quality.frechet:.3f} ± {row.quality.frechet_interval:.3f}{said}"
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -193,10 +214,7 @@ def draw_distances(path: Path, results: Results) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    curves: dict[str, dict[int, Row]] = defaultdict(dict)
-    for row in sorted(results.rows, key=lambda r: r.quality.count):  # the most samples last
-        if row.steps is not None:
-            curves[row.curve][row.steps] = row
+    curves = by_curve(results)
     if not curves:
         return
     figure = Figure(figsize=(7.5, 5), layout="constrained")
@@ -215,9 +233,10 @@ def draw_distances(path: Path, results: Results) -> None:
         )
     floors = {r.quality.count: r.quality.frechet for r in results.rows if r.kind == "floor"}
     if floors:
-        most = max(floors)
-        title = f"real images, n = {most:,} (floor)"
-        axes.axhline(floors[most], color="grey", linestyle="--", label=title)
+        finest = finest_base(results)
+        count = finest.quality.count if finest and finest.quality.count in floors else max(floors)
+        title = f"real images, n = {count:,} (floor)"
+        axes.axhline(floors[count], color="grey", linestyle="--", label=title)
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance")
     axes.set_xticks(sorted({steps for points in curves.values() for steps in points}))
     axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -136,13 +136,13 @@ def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
         row("student", 8, 200, 3.0, name="s8"),
         row("student", 4, 500, 4.0, name="s4"),
     ]
-    lines = summary(Results("digits", {}, rows)).splitlines()
-    assert lines[0] == (
-        "| steps | distilled | over t's at 1024, n = 200 | t, ancestral | t, ddim |"
-    )
-    assert lines[2] == "| 1024 |  |  |  | 2.000 ± 0.100 |"
-    assert lines[3] == "| 8 | 2.500 ± 0.100 | 1.50 | 7.000 ± 0.100 | 9.000 ± 0.100 |"
-    assert lines[4] == "| 4 | 4.000 ± 0.100 |  |  |  |"
+    table = summary(Results("digits", {}, rows)).splitlines()[2:]
+    assert table[0] == "| steps | distilled | over t's at 1024 | t, ancestral | t, ddim |"
+    assert table[2:] == [
+        "| 1024 |  |  |  | 2.000 ± 0.100 |",
+        "| 8 | 3.000 ± 0.100 | 1.50 | 7.000 ± 0.100 (n = 500) | 9.000 ± 0.100 (n = 500) |",
+        "| 4 | 4.000 ± 0.100 (n = 500) |  |  |  |",
+    ]
     assert summary(Results("digits", {}, rows[:3])) == ""
 
 

@@ -9,8 +9,8 @@ from utils.command import InputError, parse, run_command, say
 
 DESCRIPTION = """\
 Write checkpoints as .safetensors that hold the weights to sample with and say what they are:
-<name>-teacher of a base model, <name>-<steps>-steps of a student. sample.py, distill.py and
-evaluate.py take them as they take their own."""
+<name>-teacher of a base model, <name>-8-steps or <name>-1-step of a student. sample.py, distill.py
+and evaluate.py take them as they take their own."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +41,8 @@ def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
     renamed: dict[str, str] = {}  # the digest of weights -> that of the published ones
     for checkpoint in sorted(checkpoints, key=lambda c: c.stage):
         steps = checkpoint.num_steps
-        path = output / f"{name}-{'teacher' if steps is None else f'{steps}-steps'}.safetensors"
+        made_for = "teacher" if steps is None else f"{steps}-step{'' if steps == 1 else 's'}"
+        path = output / f"{name}-{made_for}.safetensors"
         teacher = checkpoint.lineage.get("teacher", "")
         lineage = {"teacher": renamed.get(teacher, teacher)} if teacher else {}
         publish_checkpoint(path, replace(checkpoint, lineage=lineage), half)
