@@ -67,8 +67,8 @@ def folder_of(arguments: argparse.Namespace, output: str, weight: str, seed: int
 def run_cell(arguments: argparse.Namespace, output: str, weight: str, seed: int) -> None:
     """Trains and measures one."""
     folder = folder_of(arguments, output, weight, seed)
-    if (folder / "result.json").exists():
-        return
+    if result_of(arguments, output, weight, seed) == {}:
+        return  # diverged
     changes = [f"seed={seed}", f"diffusion.prediction={output}", f"diffusion.loss_weight={weight}"]
     try:
         path = train_for(arguments.seconds, folder, BASE, [*COMMON, *changes])

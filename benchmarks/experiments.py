@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from utils.command import INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
+from utils.files import write_text
 
 BASE = Path("configs/mnist_small.yaml")
 COMMON = [
@@ -86,7 +87,11 @@ def experiment(arguments: argparse.Namespace) -> None:
 def run_variant(name: str, arguments: argparse.Namespace) -> None:
     """Trains a variant to its end and writes result.json beside it."""
     folder = arguments.output / name
-    trained = train_for(arguments.seconds, folder, BASE, [*COMMON, *VARIANTS[name]])
+    try:
+        trained = train_for(arguments.seconds, folder, BASE, [*COMMON, *VARIANTS[name]])
+    except Diverged:
+        write_text(folder / "result.json", json.dumps({"rows": {}}) + "\n")
+        return
     measure(trained, folder, ["ddim"], arguments.steps, arguments.count)
 
 
@@ -97,7 +102,6 @@ def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> P
     """
     import train
     from utils.config import load_config
-    from utils.files import write_text
     from utils.metrics import read_metrics
 
     plan_path = folder / "plan.json"
@@ -133,9 +137,15 @@ def measure(path: Path, folder: Path, samplers: list[str], steps: int, count: in
     from evaluation.gallery import Gallery, real_images
     from utils.checkpoint import load_checkpoint
     from utils.distributed import World, choose_device
-    from utils.files import write_text
 
-    if (folder / "result.json").exists():
+    known = folder / "result.json"
+    if known.exists():
+        before = json.loads(known.read_text())
+        if (before["count"], before["steps"]) != (count, steps):
+            raise InputError(
+                f"{known}: of {before['count']} samples of {before['steps']} steps; ask for the "
+                "same (--count, --steps), or delete it to measure anew"
+            )
         return
     checkpoint = load_checkpoint(path)
     world = World(choose_device("cpu"))
@@ -156,9 +166,10 @@ def measure(path: Path, folder: Path, samplers: list[str], steps: int, count: in
         "batch_size": checkpoint.config.training.batch_size,
         "updates": checkpoint.update,
         "count": count,
+        "steps": steps,
         "rows": rows,
     }
-    write_text(folder / "result.json", json.dumps(result) + "\n")
+    write_text(known, json.dumps(result) + "\n")
 
 
 def cpu_seconds(config) -> float:  # type: ignore[no-untyped-def]
@@ -210,23 +221,35 @@ def table(arguments: argparse.Namespace) -> str:
         "| Frechet distance | more than 90% sure |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, r in sorted(results.items(), key=lambda item: item[1]["rows"]["ddim"]["frechet"]):
+    trained = {name: r for name, r in results.items() if r["rows"]}
+    for name, r in sorted(trained.items(), key=lambda item: item[1]["rows"]["ddim"]["frechet"]):
         row = r["rows"]["ddim"]
-        changes = ", ".join(change.partition(".")[2] for change in VARIANTS[name])
+        loss = f"{final_loss(arguments.output / name):.4f}"
         lines.append(
-            f"| {name} | {changes} | {r['parameters']:,} | {r['updates']:,} "
-            f"| {r['updates'] * r['batch_size']:,} | {final_loss(arguments.output / name):.4f} "
-            f"| {row['frechet']:.2f} ± {row['interval']:.2f} "
-            f"| {row['confident']:.3f} |"
+            f"| {name} | {changes_of(name)} | {r['parameters']:,} | {r['updates']:,} "
+            f"| {r['updates'] * r['batch_size']:,} "
+            f"| {'another' if 'loss_weight' in changes_of(name) else loss} "
+            f"| {row['frechet']:.2f} ± {row['interval']:.2f} | {row['confident']:.3f} |"
         )
+    lines += [
+        f"| {name} | {changes_of(name)} | | | | | diverged | |"
+        for name in results
+        if name not in trained
+    ]
     return "\n".join(lines)
+
+
+def changes_of(name: str) -> str:
+    """What a variant changes, without the sections."""
+    return ", ".join(change.partition(".")[2] for change in VARIANTS[name])
 
 
 def final_loss(folder: Path) -> float:
     """The mean over the last tenth of the updates."""
     from utils.metrics import read_metrics
 
-    losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    lines = read_metrics(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
     return statistics.mean(losses[-max(1, len(losses) // 10) :])
 
 

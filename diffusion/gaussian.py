@@ -31,7 +31,7 @@ Denoise = Callable[..., Prediction]
 def diffuse(
     x: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], logsnr: Float[Tensor, "b"]
 ) -> Float[Tensor, "b ..."]:
-    """A sample of q(z_t | x): z_t = alpha_t x + sigma_t eps (Salimans & Ho 2022, equation 1)."""
+    """A sample of q(z_t | x): z_t = alpha_t x + sigma_t eps (Salimans & Ho 2022, section 2)."""
     alpha, sigma = alpha_sigma(logsnr, x)
     return alpha * x + sigma * eps
 
@@ -161,7 +161,7 @@ def clipped(denoise: Denoise) -> Denoise:
 def ddim_step(prediction: Prediction, logsnr_s: Float[Tensor, "b"]) -> Float[Tensor, "b ..."]:
     """One DDIM step to a lower noise level: z_s = alpha_s x_hat + sigma_s eps_hat.
 
-    Song et al. 2021 with eta = 0; Salimans & Ho 2022, equation 8. At logsnr_s = +inf it is x_hat.
+    Song et al. 2021 with eta = 0; Salimans & Ho 2022, section 2. At logsnr_s = +inf it is x_hat.
     """
     return diffuse(prediction.x, prediction.eps, logsnr_s)
 

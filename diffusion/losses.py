@@ -34,7 +34,7 @@ def snr(
 def snr_trunc(
     prediction: Prediction, target: Prediction, logsnr: Float[Tensor, "b"]
 ) -> Float[Tensor, "b"]:
-    """max(1, SNR) mse_x = max(mse_x, mse_eps) (Salimans & Ho 2022, equation 9)."""
+    """max(1, SNR) mse_x = max(mse_x, mse_eps) (Salimans & Ho 2022, section 4)."""
     return torch.maximum(
         mean_square(prediction.x - target.x), mean_square(prediction.eps - target.eps)
     )
@@ -43,7 +43,7 @@ def snr_trunc(
 def snr_plus_one(
     prediction: Prediction, target: Prediction, logsnr: Float[Tensor, "b"]
 ) -> Float[Tensor, "b"]:
-    """(1 + SNR) mse_x = mse_v (Salimans & Ho 2022, equation 10)."""
+    """(1 + SNR) mse_x = mse_v (Salimans & Ho 2022, section 4)."""
     return mean_square(velocity(prediction, logsnr) - velocity(target, logsnr))
 
 
@@ -64,7 +64,7 @@ def denoising_loss(
 ) -> Float[Tensor, "b"]:
     """The loss of predicting x and eps from z_t = alpha x + sigma eps, per example.
 
-    Salimans & Ho 2022, equation 2 and algorithm 1, in continuous time where logsnr is that of
+    Salimans & Ho 2022, section 2 and algorithm 1, in continuous time where logsnr is that of
     t ~ U(0, 1). x: images in the model's range; eps: standard normal noise; weight: an entry of
     LOSS_WEIGHTS.
     """

@@ -71,6 +71,7 @@ def small_base(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.gallery.real_images", few)
     for module in (experiments, ablation):
         monkeypatch.setattr(module, "BASE", base)
+        monkeypatch.setattr(module, "COMMON", ["training.learning_rate_decay=linear"])
     return ["--seconds", "1", "--count", "20", "--steps", "2", "--output", str(tmp_path / "out")]
 
 
@@ -86,6 +87,8 @@ def test_experiments_train_in_equal_time_and_go_on(small_base, tmp_path, monkeyp
     monkeypatch.setattr(train, "main", lambda command: 1 / 0)
     assert experiments.main(small_base) == 0, "nothing is trained twice"
     assert table.endswith(capsys.readouterr().out)
+    assert experiments.main([*small_base, "--count", "30"]) == 2, "not the same measure"
+    assert "of 20 samples of 2 steps" in capsys.readouterr().err
 
 
 def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import distill
 import train
 from tests.utils.test_config import CONFIGS
 from utils.checkpoint import load_checkpoint
+from utils.config import load_config
 
 NETWORKS = {
     "cifar10": (32, 60_004_099),
@@ -30,16 +32,17 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_update_of_training_and_one_of_distillation(name, folder, monkeypatch):
     size, parameters = NETWORKS[name]
-    (folder / "images" / "a").mkdir(parents=True)
+    config = str(CONFIGS / "paper" / f"{name}.yaml")
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "images" / "a" / "0.png")
+    for n in range(load_config(Path(config), []).model.num_classes or 1):
+        (folder / "images" / f"{n:04d}").mkdir(parents=True)
+        Image.fromarray(pixels).save(folder / "images" / f"{n:04d}" / "0.png")
     monkeypatch.setattr("evaluation.trajectory.NUM_IMAGES", 1)
     one = ["data.name=image_folder", f"data.root={folder / 'images'}", "data.workers=0"]
     one += ["training.updates=1", "training.batch_size=1", "sampling.steps=1", "sampling.grid=1"]
     one += ["distillation.first_steps=1", "distillation.iterations=1"]
     one += ["distillation.updates_per_stage=1", "distillation.batch_size=1"]
     one += ["engine.precision=fp32", "engine.compile=false"]
-    config = str(CONFIGS / "paper" / f"{name}.yaml")
     base, ladder = folder / "base", folder / "ladder"
     assert train.main(["--config_path", config, "--output", str(base), "--set", *one]) == 0
     path = base / "diffusion-1.pt"

@@ -38,10 +38,11 @@ def test_the_denoising_loss_is_the_error_at_z_t():
     torch.testing.assert_close(loss, error.square().mean((1, 2, 3)))
 
 
+@pytest.mark.parametrize("output_type", STUDENTS)
 @pytest.mark.parametrize("name", LOSS_WEIGHTS)
-def test_losses_are_finite_in_float32_over_the_whole_range(name):
+def test_losses_are_finite_in_float32_over_the_whole_range(name, output_type):
     x, eps = torch.randn(2, 41, 1, 4, 4)
     logsnr = torch.linspace(-20, 20, 41, dtype=torch.float64)
-    loss = denoising_loss(STUDENTS["v"], x, eps, logsnr, LOSS_WEIGHTS[name])
+    loss = denoising_loss(STUDENTS[output_type], x, eps, logsnr, LOSS_WEIGHTS[name])
     assert loss.dtype == torch.float32
     assert loss.isfinite().all()

@@ -180,6 +180,26 @@ def test_a_residual_block_begins_as_its_skip(resample):
     torch.testing.assert_close(block(x, torch.randn(1, 16)), expected)
 
 
+@pytest.mark.parametrize("resample", [None, "down", "up"])
+def test_a_residual_block_resamples_before_its_first_convolution(resample):
+    block = awake(ResBlock(8, 12, 16, 0.0, resample)).double()
+    x, embedding = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 16).double()
+    functional, silu = torch.nn.functional, torch.nn.functional.silu
+    to = {
+        None: lambda h: h,
+        "down": lambda h: functional.avg_pool2d(h, 2),
+        "up": lambda h: h.repeat_interleave(2, 2).repeat_interleave(2, 3),
+    }[resample]
+    h = block.conv1(to(silu(functional.group_norm(x, 8, *parameters_of(block.norm1)))))
+    scale, shift = block.scale_shift(silu(embedding))[:, :, None, None].split(12, dim=1)
+    h = functional.group_norm(h, 4, *parameters_of(block.norm2)) * (1 + scale) + shift
+    torch.testing.assert_close(block(x, embedding), block.skip(to(x)) + block.conv2(silu(h)))
+
+
+def parameters_of(norm):
+    return norm.weight, norm.bias, 1e-6
+
+
 def test_attention_is_softmax_of_scaled_products():
     attention = awake(Attention(8, heads=2)).double()
     x = torch.randn(1, 8, 2, 3, dtype=torch.float64)

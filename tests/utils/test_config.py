@@ -261,22 +261,83 @@ def test_a_config_survives_json_and_tells_differences():
     assert differences(config, Config(), ("seed", "data", "model")) == ["seed", "model.channels"]
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "last_stages"),
-    [
-        ("cifar10", 60_004_099, 100_000),
-        ("imagenet64", 295_905_222, 100_000),
-        ("lsun128", 139_578_502, 100_000),
-    ],
-)
-def test_the_papers_configs_are_the_papers(name, parameters, last_stages):
+# Salimans & Ho 2022, appendix: what they give of their settings, by key.
+PAPER = {
+    "cifar10": {
+        "parameters": 60_004_099,
+        "image": (32, 3),
+        "model.channels": 256,
+        "model.embedding_channels": 1024,
+        "model.channel_multipliers": (1, 1, 1),
+        "model.attention_resolutions": (8, 16),
+        "model.attention_heads": 1,
+        "model.attention_head_dim": None,
+        "model.dropout": 0.2,
+        "model.num_classes": None,
+        "diffusion.prediction": "x",
+        "training.batch_size": 128,
+        "training.learning_rate": 2e-4,
+        "training.weight_decay": 1e-3,
+        "distillation.batch_size": 128,
+        "distillation.learning_rate": 5e-5,
+        "distillation.first_steps": 4096,
+    },
+    "imagenet64": {
+        "parameters": 295_905_222,
+        "image": (64, 3),
+        "model.channels": 192,
+        "model.embedding_channels": 768,
+        "model.channel_multipliers": (1, 2, 3, 4),
+        "model.attention_resolutions": (8, 16, 32),
+        "model.attention_head_dim": 64,
+        "model.dropout": 0.1,
+        "model.num_classes": 1000,
+        "diffusion.prediction": "both",
+        "training.batch_size": 2048,
+        "training.learning_rate": 3e-4,
+        "training.weight_decay": 0.0,
+        "distillation.batch_size": 2048,
+        "distillation.learning_rate": 1e-4,
+        "distillation.first_steps": 512,
+    },
+}
+PAPER["lsun128"] = PAPER["imagenet64"] | {
+    "parameters": 139_578_502,
+    "image": (128, 3),
+    "model.channels": 64,
+    "model.channel_multipliers": (1, 2, 4, 6, 8),
+    "model.num_classes": None,
+}
+PAPER_ALWAYS = {
+    "model.blocks_per_level": 3,
+    "model.resample": "block",
+    "model.patch_size": 1,
+    "diffusion.schedule": "cosine",
+    "diffusion.logsnr_min": -20.0,
+    "diffusion.logsnr_max": 20.0,
+    "diffusion.loss_weight": "snr_trunc",
+    "training.learning_rate_decay": "none",
+    "training.times": "uniform",
+    "training.warmup": 1000,
+    "training.ema_decay": 0.9999,
+    "training.gradient_clip": 1.0,
+    "distillation.gradient_clip": 1.0,
+    "distillation.loss_weight": "snr_trunc",
+    "data.horizontal_flip": True,
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_configs_are_the_papers(name):
     config = load_config(CONFIGS / "paper" / f"{name}.yaml", [])
+    expected = PAPER_ALWAYS | PAPER[name]
     network = build_network(config, torch.device("meta"))
-    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert sum(p.numel() for p in network.parameters()) == expected.pop("parameters")
+    assert (config.data.image_size, config.data.channels) == expected.pop("image")
+    for key, value in expected.items():
+        section, _, field = key.partition(".")
+        assert getattr(getattr(config, section), field) == value, key
     ladder = config.distillation.ladder()
     assert ladder[-1] == 1
-    assert ladder[0] == (4096 if name == "cifar10" else 512)
-    assert [config.distillation.stage(n)[0] for n in (-2, -1)] == [last_stages] * 2
-    assert config.distillation.stage(0)[0] == 50_000
-    assert config.data.horizontal_flip
-    assert config.diffusion.loss_weight == config.distillation.loss_weight == "snr_trunc"
+    updates = [config.distillation.stage(n)[0] for n in range(len(ladder))]
+    assert updates == [50_000] * (len(ladder) - 2) + [100_000] * 2

@@ -9,14 +9,15 @@ from torch import nn
 
 from diffusion.losses import LOSS_WEIGHTS
 from tests.toys import COSINE, tiny
-from utils.build import build_denoiser, build_network
+from utils.build import build_denoiser, build_network, load_weights
 from utils.checkpoint import load_checkpoint
 from utils.command import InputError
 from utils.config import TrainingConfig, make_config
 from utils.data import MemoryDataset
 from utils.distributed import World
 from utils.ema import ema_decay_at, update_ema
-from utils.metrics import LossBins, MetricsLog, sample_statistics
+from utils.images import encode
+from utils.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
 from utils.randomness import ImageNoise, batch_indices, generator
 from utils.runs import prune
 from utils.stages import Run, train_base, train_student
@@ -188,6 +189,52 @@ def test_labels_are_dropped_as_often_as_asked():
         assert (seen[-1] == -1).float().mean().item() == pytest.approx(share, abs=0.02)
 
 
+def test_student_and_teacher_are_told_the_labels():
+    seen = {"student": [], "teacher": []}
+
+    def network_of(name):
+        def network(z, logsnr, label):
+            seen[name].append(label)
+            return torch.zeros_like(z)
+
+        return network
+
+    from diffusion.gaussian import Denoiser
+
+    student, teacher = (Denoiser(network_of(name), "v") for name in seen)
+    objective = student_objective(student, teacher, COSINE, 4, "snr_trunc")
+    x, labels = torch.zeros(6, 1, 2, 2), torch.arange(6)
+    objective.loss(x, labels, *objective.draw(generator("cpu", 0), x.shape))
+    assert [len(calls) for calls in seen.values()] == [1, 2]
+    assert all(torch.equal(label, labels) for calls in seen.values() for label in calls)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_labels_of_a_conditional_run_are_its_images_own(tmp_path, stage):
+    """Of a run of the config: training as stage 0, distillation as stage 1."""
+    seen = []
+
+    def loss(x, labels, *drawn):
+        seen.append((x, labels))
+        return trainee.network(x, torch.zeros(len(x)), labels).square().mean((1, 2, 3))
+
+    for num_classes in (10, None):
+        config = make_config(tiny(model={"num_classes": num_classes}), "x")
+        images = digits()
+        run = Run(config, "x", tmp_path, ALONE, images)
+        trainee = make_trainee(config)
+        plan = run.plan(stage, 2, lambda update: 0.0)
+        drawn = Objective(lambda rng, shape: (torch.zeros(shape[0]),), loss, lambda zeros: zeros)
+        for _ in updates(trainee, plan, images, drawn, ALONE):
+            pass
+    with_classes, without = seen[:2], seen[2:]
+    for x, labels in with_classes:
+        for image, label in zip(x, labels, strict=True):
+            same = (encode(images.images) == image).flatten(1).all(1)
+            assert label in images.labels[same]
+    assert all(labels is None for _, labels in without)
+
+
 # --- the loop -------------------------------------------------------------------------------
 
 
@@ -340,6 +387,27 @@ def test_a_student_starts_as_its_teachers_average(tmp_path, monkeypatch):
     train_student(run, teacher, 0)
     assert all(torch.equal(started[0][key], value) for key, value in teacher.ema.items())
     assert any(not torch.equal(value, teacher.model[key]) for key, value in teacher.ema.items())
+
+
+def test_the_rate_falls_to_zero_in_every_stage(tmp_path):
+    rates = [1e-3, 4e-4]
+    config = make_config(
+        tiny(distillation={"updates_per_stage": [4, 2], "learning_rate": rates}), "x"
+    )
+    run = Run(config, "x", tmp_path, ALONE, digits())
+    teacher = load_checkpoint(train_base(run))
+    first = train_student(run, teacher, 0)
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "utils.stages.load_weights", lambda *a: started.append(a[1]) or load_weights(*a)
+        )
+        train_student(run, first, 1)
+    assert all(weights is first.model for weights in started), "a student's raw weights"
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "learning_rate" in line]
+    found = {stage: [m["learning_rate"] for m in lines if m["stage"] == stage] for stage in (1, 2)}
+    assert found[1] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert found[2] == pytest.approx([4e-4, 2e-4])
 
 
 def test_metrics_drop_what_will_be_done_again(tmp_path):
