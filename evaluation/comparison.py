@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -103,6 +104,30 @@ def require_different_names(paths: Sequence[Path]) -> None:
         raise InputError(f"{twice}: two files of this name; rename one, or give another --output")
 
 
+class Partners(NamedTuple):
+    """Whose images from the same noise a job's are compared with: its teacher's, the base model's.
+
+    The base model's are those of the most DDIM steps. None where there are no such.
+    """
+
+    teacher: Job | None
+    base: Job | None
+
+    @classmethod
+    def of(cls, job: Job, jobs: Sequence[Job]) -> "Partners":
+        """Looked for among the jobs."""
+        teacher = next((other for other in jobs if _teaches(other, job)), None)
+        bases = [other for other in jobs if _is_base_of(other, job)]
+        base = max(bases, key=lambda j: (j.checkpoint.update, j.steps), default=None)
+        alone = base is job or job.sampler != "ddim"
+        return cls(teacher, None if alone else base)
+
+    def tell_more_than(self, row: Row) -> bool:
+        """Whether an earlier call, which measured the row, knew less."""
+        new_teacher = self.teacher is not None and row.to_teacher is None
+        return new_teacher or (self.base is not None and self.base.steps > (row.base_steps or 0))
+
+
 class Comparison:
     """Measures sets of images against the same real ones.
 
@@ -157,19 +182,14 @@ class Comparison:
         }
         return tuple(share_nearer(near[key], self.real_nearest[key]) for key in near)  # type: ignore[return-value]
 
-    def drawn(self, job: Job, jobs: Sequence[Job], gallery: Gallery) -> Row:
-        """A job's row. jobs: among which its teacher and the base model are looked for."""
+    def drawn(self, job: Job, partners: "Partners", gallery: Gallery) -> Row:
+        """A job's row."""
         images = _images_of(job, gallery)
         features = self.extract(images)
         pixels, nearness = self.memorised(images, features)
-        teacher = next((other for other in jobs if _teaches(other, job)), None)
-        base = max(
-            (j for j in jobs if j.checkpoint.num_steps is None and j.sampler == "ddim"),
-            key=lambda j: (j.checkpoint.update, j.steps),
-            default=None,
-        )
+        teacher, base = partners
         to_base = same_class = base_steps = None
-        if base is not None and base is not job and job.sampler == "ddim":
+        if base is not None:
             theirs = _images_of(base, gallery)
             to_base, base_steps = squared_distance(images, theirs), base.steps
             logits = self.extract(theirs).logits
@@ -190,6 +210,7 @@ class Comparison:
             memorised_pixels=pixels,
             memorised_features=nearness,
             base_steps=base_steps,
+            run=job.checkpoint.name,
             source=gallery.key(job.checkpoint, job.sampler, job.steps),
         )
 
@@ -216,6 +237,13 @@ def _teaches(other: Job, job: Job) -> bool:
         and other.steps == 2 * job.steps
         and digest(other.checkpoint.weights) == student.lineage.get("teacher")
     )
+
+
+def _is_base_of(other: Job, job: Job) -> bool:
+    """Whether the other's images are DDIM's of a base model of the same shape and data."""
+    a, b = other.checkpoint.config, job.checkpoint.config
+    same = (a.model, a.diffusion, a.data.name) == (b.model, b.diffusion, b.data.name)
+    return same and other.checkpoint.num_steps is None and other.sampler == "ddim"
 
 
 def squared_distance(a: UInt8[Tensor, "n c h w"], b: UInt8[Tensor, "m c h w"]) -> float:
@@ -296,7 +324,7 @@ def measure_all(
             f"{output}/results.json: measured against other real images; give another --output"
         )
     results = Results(extract.name, about, before.rows if before else [])
-    known = {(row.key, row.source) for row in results.rows}
+    known = {(row.key, row.source): row for row in results.rows}
 
     def add(row: Row) -> None:
         nonlocal results
@@ -311,11 +339,29 @@ def measure_all(
         add(comparison.foreign(name, images))
         comparison.draw_nearest(output / f"nearest-{name}.png", images)
     for job in jobs:
-        if (job.key, gallery.key(job.checkpoint, job.sampler, job.steps)) not in known:
-            add(comparison.drawn(job, jobs, gallery))
+        row = known.get((job.key, gallery.key(job.checkpoint, job.sampler, job.steps)))
+        partners = Partners.of(job, jobs)
+        if row is not None and partners.tell_more_than(row):
+            add(with_relations_of(row, comparison.drawn(job, partners, gallery)))
+        elif row is None:
+            add(comparison.drawn(job, partners, gallery))
             stem = f"nearest-{job.path.stem}-{job.sampler.replace(':', '-')}-{job.steps}.png"
             comparison.draw_nearest(output / stem, _images_of(job, gallery))
     return results
+
+
+def with_relations_of(before: Row, row: Row) -> Row:
+    """The row, with what an earlier call knew of partners that are not here now."""
+    if row.to_teacher is None:
+        row = replace(row, to_teacher=before.to_teacher)
+    if (row.base_steps or 0) < (before.base_steps or 0):
+        row = replace(
+            row,
+            to_base=before.to_base,
+            same_class=before.same_class,
+            base_steps=before.base_steps,
+        )
+    return row
 
 
 def floor_key(count: int) -> tuple[str, str, int, int]:

@@ -14,6 +14,7 @@ from utils.command import InputError
 from utils.files import atomic_write, write_text
 
 FLOOR = "real images"
+DISTILLED = ", distilled"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Row:
     share of digits whose class agrees with the base model's; asked_class: with the class that a
     conditional model was asked for. memorised: the shares of samples that
     are nearer to a training image than all but 1% of real ones, in pixels and in features.
-    base_steps: of the base model's images in to_base and same_class. source: a digest of what the
+    base_steps: of the base model's images in to_base and same_class. run: that the checkpoint is
+    of, which students and their base model share. source: a digest of what the
     images are a function of. Samples follow the training images, the digits' classifier has seen
     most of them, and the real ones are test images: a few memorised ones more are no proof.
     """
@@ -43,6 +45,7 @@ class Row:
     memorised_pixels: float | None = None
     memorised_features: float | None = None
     base_steps: int | None = None
+    run: str = ""
     source: str = ""
 
     @property
@@ -53,7 +56,7 @@ class Row:
     @property
     def curve(self) -> str:
         """The curve of the figure that it is a point of."""
-        return {"student": "distilled", "base": f"{self.name}, {self.sampler}"}.get(
+        return {"student": f"{self.run}{DISTILLED}", "base": f"{self.name}, {self.sampler}"}.get(
             self.kind, self.name
         )
 
@@ -141,10 +144,11 @@ def markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
-def finest_base(results: Results) -> Row | None:
-    """The base model's row of the most DDIM steps, and of the most samples among those."""
+def finest_base(results: Results, run: str | None = None) -> Row | None:
+    """The row of the base model, of that run, with the most DDIM steps and of those the samples."""
     bases = [r for r in results.rows if r.kind == "base" and r.sampler == "ddim"]
-    return max(bases, key=lambda r: (r.steps or 0, r.quality.count), default=None)
+    ours = [r for r in bases if run in (None, r.run)]
+    return max(ours, key=lambda r: (r.steps or 0, r.quality.count), default=None)
 
 
 def by_curve(results: Results) -> dict[str, dict[int, Row]]:
@@ -163,36 +167,35 @@ def by_curve(results: Results) -> dict[str, dict[int, Row]]:
 
 
 def summary(results: Results) -> str:
-    """Frechet distances by sampling steps: a column for the students and one for each curve.
+    """Frechet distances by sampling steps: a column for each curve, students' first.
 
-    A student's is also divided by the finest base model's, where both are of as many samples.
+    A student's is also divided by the finest of its run's base model, of as many samples.
     """
     curves, finest = by_curve(results), finest_base(results)
-    if finest is None or "distilled" not in curves:
+    if finest is None or not any(row.kind == "student" for row in results.rows):
         return ""
     count = finest.quality.count
-    titles = sorted(curves, key=lambda c: (c != "distilled", c))
-    heads = ["steps", "distilled", f"over {finest.name}'s at {finest.steps}", *titles[1:]]
+    titles = sorted(curves, key=lambda title: (not title.endswith(DISTILLED), title))
     lines = [
-        f"Frechet distances, n = {count:,} where no other is said:",
+        f"Frechet distances, n = {count:,} where no other is said; in brackets a student's over "
+        "that of its base model at its most steps:",
         "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---:|' * len(heads)}",
+        f"| steps | {' | '.join(titles)} |",
+        f"|{'---:|' * (len(titles) + 1)}",
     ]
     for steps in sorted({steps for points in curves.values() for steps in points}, reverse=True):
         rows = [curves[title].get(steps) for title in titles]
-        cells = ["" if row is None else _distance(row, count) for row in rows]
-        student = rows[0]
-        ratio = ""
-        if student is not None and student.quality.count == count:
-            ratio = f"{student.quality.frechet / finest.quality.frechet:.2f}"
-        lines.append(f"| {' | '.join([str(steps), cells[0], ratio, *cells[1:]])} |")
+        cells = ["" if row is None else _distance(row, results, count) for row in rows]
+        lines.append(f"| {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _distance(row: Row, usual_count: int) -> str:
-    said = "" if row.quality.count == usual_count else f" (n = {row.quality.count:,})"
-    return f"{row.quality.frechet:.3f} ± {row.quality.frechet_interval:.3f}{said}"
+def _distance(row: Row, results: Results, usual_count: int) -> str:
+    said = f"{row.quality.frechet:.3f} ± {row.quality.frechet_interval:.3f}"
+    base = finest_base(results, row.run)
+    if row.kind == "student" and base is not None and base.quality.count == row.quality.count:
+        said += f" ({row.quality.frechet / base.quality.frechet:.2f})"
+    return said if row.quality.count == usual_count else f"{said}, n = {row.quality.count:,}"
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -228,7 +231,7 @@ def draw_distances(path: Path, results: Results) -> None:
             marker="o",
             markersize=4,
             capsize=3,
-            linewidth=2 if title == "distilled" else 1.2,
+            linewidth=2 if title.endswith(DISTILLED) else 1.2,
             label=title,
         )
     floors = {r.quality.count: r.quality.frechet for r in results.rows if r.kind == "floor"}

@@ -124,9 +124,9 @@ def test_tables_and_a_figure_are_written(workshop):
 
 
 def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
-    def row(kind, steps, count, frechet, sampler="ddim", name="t"):
+    def row(kind, steps, count, frechet, sampler="ddim", name="t", run="r"):
         quality = Quality(count, frechet, 0.1, 0.0, 0.0, 0.0)
-        return Row(name, kind, sampler, steps, quality)
+        return Row(name, kind, sampler, steps, quality, run=run)
 
     rows = [
         row("base", 1024, 200, 2.0),
@@ -135,13 +135,15 @@ def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
         row("student", 8, 500, 2.5, name="s8"),
         row("student", 8, 200, 3.0, name="s8"),
         row("student", 4, 500, 4.0, name="s4"),
+        row("student", 8, 200, 5.0, name="o8", run="other"),
     ]
     table = summary(Results("digits", {}, rows)).splitlines()[2:]
-    assert table[0] == "| steps | distilled | over t's at 1024 | t, ancestral | t, ddim |"
+    assert table[0] == "| steps | other, distilled | r, distilled | t, ancestral | t, ddim |"
     assert table[2:] == [
         "| 1024 |  |  |  | 2.000 ± 0.100 |",
-        "| 8 | 3.000 ± 0.100 | 1.50 | 7.000 ± 0.100 (n = 500) | 9.000 ± 0.100 (n = 500) |",
-        "| 4 | 4.000 ± 0.100 (n = 500) |  |  |  |",
+        "| 8 | 5.000 ± 0.100 | 3.000 ± 0.100 (1.50) "
+        "| 7.000 ± 0.100, n = 500 | 9.000 ± 0.100, n = 500 |",
+        "| 4 |  | 4.000 ± 0.100, n = 500 |  |  |",
     ]
     assert summary(Results("digits", {}, rows[:3])) == ""
 
@@ -175,6 +177,26 @@ def test_rows_of_an_earlier_call_stay(workshop, tmp_path):
     rows = rows_of(folder)
     assert len(rows) == before + 1
     assert any(row["sampler"] == "dpm_solver++" for row in rows)
+
+
+def test_a_partner_that_comes_later_is_told_of(workshop, tmp_path):
+    base, _, student = workshop["published"]
+    out = ("--count", 250, "--output", tmp_path)
+    assert run(evaluate, "--checkpoint", student, *out) == 0
+    assert run(evaluate, "--checkpoint", base, student, "--steps", 2, *out) == 0
+    found = []
+    for steps in (8, 4):  # a better one, then a worse one
+        assert run(evaluate, "--checkpoint", base, student, "--steps", steps, *out) == 0
+        found += [row for row in rows_of(tmp_path) if row["kind"] == "student"]
+    assert [row["base_steps"] for row in found] == [8, 8]
+    assert found[0] == found[1]
+    assert found[0]["to_teacher"] is None
+    assert run(evaluate, "--checkpoint", *workshop["published"][1:], *out) == 0
+    (row,) = [row for row in rows_of(tmp_path) if row["name"] == "tiny-2-steps"]
+    assert row["to_teacher"] > 0
+    assert row["to_base"] == found[0]["to_base"]
+    same = {k: v for k, v in row.items() if k != "to_teacher"}
+    assert same == {k: v for k, v in found[0].items() if k != "to_teacher"}
 
 
 def test_images_from_elsewhere(workshop, tmp_path, capsys):
