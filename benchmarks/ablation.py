@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.experiments import Diverged, measure, train_for
+from benchmarks.experiments import Diverged, make_parser, measure, train_for
 from utils.command import parse, run_command, say
 from utils.files import write_text
 
@@ -31,12 +31,7 @@ REPEATED = 4
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, trains and measures. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=360, help="of CPU time for each (360)")
-    parser.add_argument("--count", type=int, default=1000, help="samples of each (1000)")
-    parser.add_argument("--steps", type=int, default=64, help="of both samplers (64)")
-    parser.add_argument("--output", type=Path, default=Path("output/ablation"))
-    parser.add_argument("--table", action="store_true", help="only print what is known so far")
+    parser = make_parser(__doc__, seconds=360, steps=64, output="output/ablation")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments

@@ -60,17 +60,24 @@ class Diverged(InputError):
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, trains and measures. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=600, help="of CPU time for each (600)")
+    parser = make_parser(__doc__, seconds=600, steps=32, output="output/experiments")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--count", type=int, default=1000, help="samples of each (1000)")
-    parser.add_argument("--steps", type=int, default=32, help="of DDIM (32)")
-    parser.add_argument("--output", type=Path, default=Path("output/experiments"))
-    parser.add_argument("--table", action="store_true", help="only print what is known so far")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
     return run_command(lambda: experiment(arguments))
+
+
+def make_parser(about: str, seconds: int, steps: int, output: str) -> argparse.ArgumentParser:
+    """The options of a comparison in equal CPU time, with its defaults."""
+    parser = argparse.ArgumentParser(description=about)
+    add = parser.add_argument
+    add("--seconds", type=int, default=seconds, help=f"of CPU time for each ({seconds})")
+    add("--count", type=int, default=1000, help="samples of each (1000)")
+    add("--steps", type=int, default=steps, help=f"of the samplers ({steps})")
+    add("--output", type=Path, default=Path(output))
+    add("--table", action="store_true", help="only print what is known so far")
+    return parser
 
 
 def experiment(arguments: argparse.Namespace) -> None:

@@ -146,8 +146,8 @@ def train_base(run: Run) -> Path:
     def path_now() -> Path:
         return run.output / f"diffusion-{trainee.update}.pt"
 
-    def prune_old() -> None:
-        prune(run.output, "diffusion-", training.keep_checkpoints, training.milestone_every)
+    kept = (training.keep_checkpoints, training.milestone_every)
+    prune_old = partial(prune, run.output, "diffusion-", *kept)
 
     def save() -> None:
         save_checkpoint(path_now(), snapshot())
