@@ -70,6 +70,7 @@ experiments: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments
 
 ablation: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.ablation --only x eps & $(BIN)/python -m benchmarks.ablation --only v both; wait
 	$(BIN)/python -m benchmarks.ablation
 
 lint: $(VENV)/.installed-dev
