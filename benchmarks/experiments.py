@@ -224,22 +224,24 @@ def table(arguments: argparse.Namespace) -> str:
         if (path := arguments.output / name / "result.json").exists()
     }
     lines = [
-        "| variant | changes | parameters | updates | images seen | loss at the end "
-        "| Frechet distance | more than 90% sure |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| variant | changes | parameters | updates | images seen | loss around update 1,000 "
+        "| loss at the end | Frechet distance | more than 90% sure |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     trained = {name: r for name, r in results.items() if r["rows"]}
     for name, r in sorted(trained.items(), key=lambda item: item[1]["rows"]["ddim"]["frechet"]):
         row = r["rows"]["ddim"]
-        loss = f"{final_loss(arguments.output / name):.4f}"
+        losses = ["another", "another"]  # a loss of another weight is no measure of this one
+        if "loss_weight" not in changes_of(name):
+            losses = losses_of(arguments.output / name)
         lines.append(
             f"| {name} | {changes_of(name)} | {r['parameters']:,} | {r['updates']:,} "
             f"| {r['updates'] * r['batch_size']:,} "
-            f"| {'another' if 'loss_weight' in changes_of(name) else loss} "
+            f"| {' | '.join(losses)} "
             f"| {row['frechet']:.2f} ± {row['interval']:.2f} | {row['confident']:.3f} |"
         )
     lines += [
-        f"| {name} | {changes_of(name)} | | | | | diverged | |"
+        f"| {name} | {changes_of(name)} | | | | | | diverged | |"
         for name in results
         if name not in trained
     ]
@@ -251,13 +253,14 @@ def changes_of(name: str) -> str:
     return ", ".join(change.partition(".")[2] for change in VARIANTS[name])
 
 
-def final_loss(folder: Path) -> float:
-    """The mean over the last tenth of the updates."""
+def losses_of(folder: Path) -> list[str]:
+    """The mean loss of the updates 850 to 1,150, and of the last tenth of all."""
     from utils.metrics import read_metrics
 
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    return statistics.mean(losses[-max(1, len(losses) // 10) :])
+    parts = losses[850:1150], losses[-max(1, len(losses) // 10) :]
+    return [f"{statistics.mean(part):.4f}" if part else "" for part in parts]
 
 
 if __name__ == "__main__":
