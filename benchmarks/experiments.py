@@ -94,10 +94,13 @@ def experiment(arguments: argparse.Namespace) -> None:
 def run_variant(name: str, arguments: argparse.Namespace) -> None:
     """Trains a variant to its end and writes result.json beside it."""
     folder = arguments.output / name
+    known = folder / "result.json"
+    if known.exists() and not json.loads(known.read_text())["rows"]:
+        return  # diverged
     try:
         trained = train_for(arguments.seconds, folder, BASE, [*COMMON, *VARIANTS[name]])
     except Diverged:
-        write_text(folder / "result.json", json.dumps({"rows": {}}) + "\n")
+        write_text(known, json.dumps({"rows": {}}) + "\n")
         return
     measure(trained, folder, ["ddim"], arguments.steps, arguments.count)
 
