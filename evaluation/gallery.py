@@ -24,7 +24,7 @@ from utils.progress import progress_bar
 from utils.randomness import generator
 from utils.sampling import SampleRequest
 
-CHUNK = 250  # images a file
+CHUNK = 125  # images a file
 DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the frozen classifier knows
 
 
@@ -32,7 +32,7 @@ class Gallery:
     """A folder of images drawn from checkpoints: image k is a function of the seed and k.
 
     All checkpoints, samplers and step counts start from the same noise. The images lie in files of
-    250, written whole, so that what was drawn is not drawn again. Processes share the work.
+    125, written whole, so that what was drawn is not drawn again. Processes share the work.
     """
 
     def __init__(self, folder: Path, world: World, seed: int, batch_size: int) -> None:

@@ -16,7 +16,7 @@ import evaluate
 import sample
 import train
 from evaluation.comparison import Comparison, asked_share
-from evaluation.gallery import RealImages, real_images
+from evaluation.gallery import CHUNK, RealImages, real_images
 from evaluation.quality import Quality
 from evaluation.results import Results, Row, summary
 from tests.toys import tiny
@@ -165,7 +165,7 @@ def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, cap
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:-7])
     assert run(evaluate, *command) == 0
-    assert sum(len(indices) for indices in drawn) == 250
+    assert sum(len(indices) for indices in drawn) == CHUNK
     assert chunk.read_bytes() == whole, "an image is a function of seed and index"
 
 

@@ -1,0 +1,89 @@
+"""The published weights: whole, small, drawing digits, and as good as README says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import sample
+from evaluation.features import make_extractor
+from evaluation.quality import class_shares, confident_share
+from evaluation.results import read_results, summary
+from utils.checkpoint import digest, load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PRETRAINED = ROOT / "pretrained"
+STEPS = (64, 32, 16, 8, 4, 2, 1)
+PATHS = {n: PRETRAINED / f"mnist-{n}-step{'s' * (n > 1)}.safetensors" for n in STEPS}
+
+
+@pytest.fixture(scope="module")
+def results():
+    found = read_results(ROOT / "docs" / "mnist" / "results.json")
+    assert found is not None
+    return found
+
+
+def row_of(results, path, steps):
+    return next(row for row in results.rows if row.key == (path.stem, "ddim", steps, 2000))
+
+
+def test_the_files_are_the_ladder_and_small():
+    teacher = PRETRAINED / "mnist-teacher.safetensors"
+    assert {*PATHS.values(), teacher} == set(PRETRAINED.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in PRETRAINED.iterdir()) <= 40e6
+    base = load_checkpoint(teacher)
+    assert (base.kind, base.num_steps, base.stage) == ("base", None, 0)
+    before = None
+    for steps, path in PATHS.items():
+        student = load_checkpoint(path)
+        assert (student.kind, student.num_steps) == ("student", steps)
+        assert (student.config.model, student.name) == (base.config.model, base.name)
+        assert before is None or student.lineage["teacher"] == before
+        before = digest(student.weights)
+
+
+def test_sample_py_draws_digits_of_the_eight_step_student(tmp_path):
+    path, out = str(PATHS[8]), tmp_path / "digits.npz"
+    assert sample.main(["--checkpoint", path, "--count", "100", "--output", str(out)]) == 0
+    images = torch.from_numpy(np.load(out)["arr_0"]).permute(0, 3, 1, 2)
+    logits = make_extractor("digits", torch.device("cpu"))(images).logits
+    assert confident_share(logits) > 0.75
+    assert all(share > 0 for share in class_shares(logits))
+
+
+def test_readme_and_the_page_show_the_stored_results(results):
+    table = summary(results)
+    assert table.count("\n") > len(STEPS)
+    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "docs" / "mnist" / "results.md").read_text()
+
+
+def test_the_stored_results_are_of_the_published_weights(results):
+    shown = {row.name for row in results.rows if row.kind in ("base", "student")}
+    assert shown == {path.stem for path in PRETRAINED.glob("*.safetensors")}
+
+
+def test_no_model_is_better_than_real_images_and_one_undistilled_step_is_the_worst(results):
+    floors = {row.quality.count: row.quality.frechet for row in results.rows if row.kind == "floor"}
+    models = [row for row in results.rows if row.kind in ("base", "student")]
+    assert all(row.quality.frechet > floors[row.quality.count] for row in models)
+    for count in (2000, 5000):
+        ours = [row for row in models if row.quality.count == count and row.sampler == "ddim"]
+        worst = max(ours, key=lambda row: row.quality.frechet)
+        assert (worst.kind, worst.steps) == ("base", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [8, 1])
+def test_a_student_measured_anew_is_as_good_as_the_results_say(results, steps, tmp_path):
+    command = ["--checkpoint", str(PATHS[steps]), "--count", "2000", "--output", str(tmp_path)]
+    assert evaluate.main(command) == 0
+    anew = read_results(tmp_path / "results.json")
+    assert anew is not None
+    now = row_of(anew, PATHS[steps], steps).quality
+    said = row_of(results, PATHS[steps], steps).quality
+    assert abs(now.frechet - said.frechet) <= said.frechet_interval
+    assert abs(now.confident - said.confident) <= 0.01
