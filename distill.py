@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import GO_ON, InputError, add_common_arguments, parse, run_command, say
+from utils.command import InputError, add_common_arguments, parse, run_command, say, to_go_on
 
 DESCRIPTION = """\
 Progressive distillation: each stage copies its teacher into a student that learns to match two
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         "--config_path",
         type=Path,
         metavar="FILE.yaml",
-        help="distillation, sampling, engine and data.root are read from it, no more",
+        help="of it distillation, sampling, engine, data.root and data.workers are read",
     )
     parser.add_argument(
         "--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps"
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
-    return run_command(lambda: distill(arguments), GO_ON)
+    return run_command(lambda: distill(arguments), to_go_on(arguments.restart))
 
 
 def distill(arguments: argparse.Namespace) -> None:

@@ -4,13 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import InputError, add_device_argument, parse, run_command, say
+from utils.command import GO_ON, InputError, add_device_argument, parse, run_command, say
 
 DESCRIPTION = """\
 Draw images from checkpoints, all from the same noise, and compare them with real ones. Writes
 results.md, .json, .csv and distances.png into the output folder, whose earlier rows stay; run the
 same command again to go on after a stop."""
-STOPPED = "stopped; the images drawn so far are kept: run the same command again to go on"
+KEPT = f"the images drawn so far are kept: {GO_ON}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
-    return run_command(lambda: evaluate(arguments), STOPPED)
+    return run_command(lambda: evaluate(arguments), KEPT)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -71,7 +71,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     jobs = plan_jobs(
         checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
     )
-    require_different_names([*checkpoints, *arguments.images])
+    require_different_names(checkpoints, arguments.images)
     foreign = {
         path.stem: read_images(path, data.image_size, data.channels) for path in arguments.images
     }
@@ -83,8 +83,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             arguments.features or ("digits" if data.name in DIGITS else "inception"), world.device
         )
         gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
-        known_results(output, extract)  # or refused, before hours of drawing
         real = real_images(config)
+        known_results(output, extract, real)  # or refused, before hours of drawing
         draw_all(jobs, gallery)
         if not world.leads:
             return

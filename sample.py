@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, metavar="X", help="a .png (grid), a folder or a .npz (--count)")
     add("--trajectory", action="store_true", help="also a GIF and a strip of the denoising")
     add("--seed", type=int, default=0, help="image k is a function of the seed and k (0)")
-    add("--labels", metavar="0,1,2", help="classes, taken in turn; -1 is no class")
+    add("--labels", metavar="0,1,2", help="classes, in turn; --labels=-1: no class")
     add("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
     add("--steps", type=int, metavar="N", help="by default the checkpoint's own")
     add("--sampler", help="ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++")
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Draws what the command line asks for and writes it."""
-    from utils.build import build_denoiser, build_network, load_weights
+    from utils.build import load_denoiser
     from utils.checkpoint import load_checkpoint
     from utils.distributed import join_world
     from utils.sampling import SampleRequest, write_folder, write_grid, write_npz
@@ -47,11 +47,9 @@ def sample(arguments: argparse.Namespace) -> None:
     if count is not None and count < 1:
         raise InputError(f"--count {count}: take at least 1")
     with join_world(arguments.device) as world:
-        network = build_network(checkpoint.config, world.device).eval()
-        load_weights(network, checkpoint.weights, path)
         request = SampleRequest.of(
             checkpoint,
-            build_denoiser(checkpoint.config, network, world.device),
+            load_denoiser(checkpoint, path, world.device),
             world,
             steps=arguments.steps,
             sampler=arguments.sampler,
@@ -61,9 +59,12 @@ def sample(arguments: argparse.Namespace) -> None:
             guidance=arguments.guidance,
             batch_size=arguments.batch_size,
         )
-        default = Path("output/samples") / f"{path.stem}-{request.num_steps}-steps"
+        name = f"{checkpoint.name}-{path.stem}"
+        if request.num_steps != checkpoint.num_steps:
+            name += f"-{request.num_steps}-steps"
+        folder = Path("output/samples")
         if count is None:
-            output = output or default.with_suffix(".png")
+            output = output or folder / f"{name}.png"
             if output.suffix.lower() != ".png":
                 raise InputError(f"--output {output}: a grid is a .png; for files give --count")
             grid = checkpoint.config.sampling.grid
@@ -73,7 +74,7 @@ def sample(arguments: argparse.Namespace) -> None:
         elif output is not None and output.suffix.lower() in (".png", ".gif", ".jpg", ".npy"):
             raise InputError(f"--output {output}: with --count, a folder or a .npz")
         else:
-            written = write_folder(output or default, request, count)
+            written = write_folder(output or folder / name, request, count)
     say(f"{request.num_steps} steps of {request.sampler}: {', '.join(map(str, written))}")
 
 

@@ -1,10 +1,11 @@
 """Trains a diffusion model: python train.py --config_path configs/quickstart.yaml."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
-from utils.command import GO_ON, add_common_arguments, parse, run_command, say
+from utils.command import add_common_arguments, parse, run_command, say, to_go_on
 
 DESCRIPTION = """\
 Train a diffusion model as a YAML file says. Writes diffusion-<update>.pt and a grid of samples
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
-    return run_command(lambda: train(arguments), GO_ON)
+    return run_command(lambda: train(arguments), to_go_on(arguments.restart))
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -43,10 +44,18 @@ def train(arguments: argparse.Namespace) -> None:
             draw_loss_curve(output)
     say(
         f"trained: {checkpoint}, its samples in {checkpoint.with_suffix('.png')}, "
-        f"the loss in {output / 'loss.png'}\n"
-        f"next: python distill.py --config_path {arguments.config_path} "
-        f"--teacher_model_checkpoint {checkpoint}"
+        f"the loss in {output / 'loss.png'}\nnext: {next_command(arguments, checkpoint)}"
     )
+
+
+def next_command(arguments: argparse.Namespace, checkpoint: Path) -> str:
+    """How to distil what was trained: by the YAML, if it is the checkpoint's own."""
+    command = ["python", "distill.py", "--teacher_model_checkpoint", str(checkpoint)]
+    if not arguments.set:
+        command += ["--config_path", str(arguments.config_path)]
+    if arguments.output is not None:
+        command += ["--output", f"output/distilled/{arguments.output.name}"]
+    return shlex.join(command)
 
 
 if __name__ == "__main__":

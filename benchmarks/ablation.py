@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.experiments import Diverged, make_parser, measure, train_for
-from utils.command import parse, run_command, say
+from utils.command import GO_ON, parse, run_command, say
 from utils.files import write_text
 
 BASE = Path("configs/mnist_small.yaml")
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
-    return run_command(lambda: ablate(arguments))
+    return run_command(lambda: ablate(arguments), GO_ON)
 
 
 def ablate(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.command import INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
+from utils.command import GO_ON, INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
 from utils.files import write_text
 
 BASE = Path("configs/mnist_small.yaml")
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
-    return run_command(lambda: experiment(arguments))
+    return run_command(lambda: experiment(arguments), GO_ON)
 
 
 def make_parser(about: str, seconds: int, steps: int, output: str) -> argparse.ArgumentParser:
@@ -131,7 +131,7 @@ def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> P
         command += ["--set", *overrides, *more]
         code = train.main(command)
         if code == INTERRUPTED:
-            raise Stopped("stopped; run the same command again to go on")
+            raise Stopped
         if code != OK:
             lines = read_metrics(folder / "metrics.jsonl") if folder.exists() else []
             if lines and lines[-1].get("skipped"):

@@ -24,7 +24,7 @@ from evaluation.quality import (
     nearest,
     share_nearer,
 )
-from evaluation.results import FLOOR, Results, Row, read_results, write_results
+from evaluation.results import FLOOR, Key, Results, Row, read_results, write_results
 from utils.checkpoint import Checkpoint, digest
 from utils.command import InputError, say
 from utils.images import encode, make_grid, save_png
@@ -44,9 +44,9 @@ class Job:
     count: int
 
     @property
-    def key(self) -> tuple[str, str, int, int]:
+    def key(self) -> Key:
         """That of its row."""
-        return (self.path.stem, self.sampler, self.steps, self.count)
+        return Key(self.checkpoint.name, self.path.stem, self.sampler, self.steps, self.count)
 
     @property
     def calls(self) -> int:
@@ -71,7 +71,6 @@ def plan_jobs(
             make_sampler(sampler)
         except ValueError as error:
             raise InputError(f"--sampler: {error}") from None
-    require_different_names(list(checkpoints))
     jobs = []
     for path, checkpoint in checkpoints.items():
         own = checkpoint.num_steps
@@ -96,12 +95,15 @@ def plan_jobs(
     return jobs
 
 
-def require_different_names(paths: Sequence[Path]) -> None:
+def require_different_names(checkpoints: Mapping[Path, Checkpoint], images: Sequence[Path]) -> None:
     """Raises InputError where two files would be one row."""
-    stems = [path.stem for path in paths]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    names = [f"{checkpoint.name}: {path.stem}" for path, checkpoint in checkpoints.items()]
+    names += [path.stem for path in images]
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{twice}: two files of this name; rename one, or give another --output")
+        raise InputError(
+            f"{twice}: two files of this name; rename one, or measure it in another folder"
+        )
 
 
 class Partners(NamedTuple):
@@ -118,7 +120,12 @@ class Partners(NamedTuple):
         """Looked for among the jobs."""
         teacher = next((other for other in jobs if _teaches(other, job)), None)
         bases = [other for other in jobs if _is_base_of(other, job)]
-        base = max(bases, key=lambda j: (j.checkpoint.update, j.steps), default=None)
+
+        def nearness(other: Job) -> tuple[bool, int, int]:
+            same_run = other.checkpoint.name == job.checkpoint.name
+            return same_run, other.checkpoint.update, other.steps
+
+        base = max(bases, key=nearness, default=None)
         alone = base is job or job.sampler != "ddim"
         return cls(teacher, None if alone else base)
 
@@ -211,6 +218,7 @@ class Comparison:
             memorised_features=nearness,
             base_steps=base_steps,
             run=job.checkpoint.name,
+            update=job.checkpoint.update,
             source=gallery.key(job.checkpoint, job.sampler, job.steps),
         )
 
@@ -293,14 +301,21 @@ def draw_all(jobs: Sequence[Job], gallery: Gallery) -> None:
         )
 
 
-def known_results(output: Path, extract: Extractor) -> Results | None:
-    """What earlier calls have measured. Raises InputError where that was by other features."""
+def known_results(output: Path, extract: Extractor, real: RealImages) -> Results | None:
+    """What earlier calls have measured.
+
+    Raises InputError where that was by other features, or against other real images.
+    """
     before = read_results(output / "results.json")
-    if before is not None and before.features != extract.name:
-        raise InputError(
-            f"{output}/results.json: measured by the features {before.features}; "
-            "give another --output"
-        )
+    if before is None:
+        return None
+    other = None
+    if before.features != extract.name:
+        other = f"by the features {before.features}"
+    elif before.reference.get("digest") != digest(real.reference):
+        other = "against other real images"
+    if other is not None:
+        raise InputError(f"{output}/results.json: measured {other}; give another --output")
     return before
 
 
@@ -318,11 +333,7 @@ def measure_all(
     """
     comparison = Comparison(extract, real)
     about = comparison.about_reference()
-    before = known_results(output, extract)
-    if before is not None and before.reference.get("digest") != about["digest"]:
-        raise InputError(
-            f"{output}/results.json: measured against other real images; give another --output"
-        )
+    before = known_results(output, extract, real)
     results = Results(extract.name, about, before.rows if before else [])
     known = {(row.key, row.source): row for row in results.rows}
 
@@ -345,8 +356,8 @@ def measure_all(
             add(with_relations_of(row, comparison.drawn(job, partners, gallery)))
         elif row is None:
             add(comparison.drawn(job, partners, gallery))
-            stem = f"nearest-{job.path.stem}-{job.sampler.replace(':', '-')}-{job.steps}.png"
-            comparison.draw_nearest(output / stem, _images_of(job, gallery))
+            named = f"{job.key.run}-{job.key.name}-{job.sampler.replace(':', '-')}-{job.steps}"
+            comparison.draw_nearest(output / f"nearest-{named}.png", _images_of(job, gallery))
     return results
 
 
@@ -364,6 +375,6 @@ def with_relations_of(before: Row, row: Row) -> Row:
     return row
 
 
-def floor_key(count: int) -> tuple[str, str, int, int]:
+def floor_key(count: int) -> Key:
     """The key of the floor's row."""
-    return (FLOOR, "", 0, count)
+    return Key("", FLOOR, "", 0, count)

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evaluation.digits import TRAINED_ON
-from utils.build import build_dataset, build_denoiser, build_network, load_weights
+from utils.build import build_dataset, load_denoiser
 from utils.checkpoint import Checkpoint, digest
 from utils.command import InputError
 from utils.config import Config
 from utils.data import ImageFolder, colored_mnist, fit, mnist
 from utils.distributed import World
+from utils.engine import sampling_engine
 from utils.files import atomic_write
 from utils.progress import progress_bar
 from utils.randomness import generator
@@ -42,7 +43,8 @@ class Gallery:
         """What the images are a function of, as a digest."""
         config = checkpoint.config
         sections = [s.model_dump(mode="json") for s in (config.model, config.diffusion)]
-        made_by = [sections, config.sampling.clip, config.engine.precision]
+        precision = sampling_engine(config.engine, self.world.device).precision
+        made_by = [sections, config.sampling.clip, precision]
         return digest([checkpoint.weights, made_by, sampler, steps, self.seed])
 
     def images(
@@ -63,12 +65,9 @@ class Gallery:
     def _draw(
         self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, parts: dict[int, Path]
     ) -> None:
-        device = self.world.device
-        network = build_network(checkpoint.config, device).eval()
-        load_weights(network, checkpoint.weights, where)
         request = SampleRequest.of(
             checkpoint,
-            build_denoiser(checkpoint.config, network, device),
+            load_denoiser(checkpoint, where, self.world.device),
             self.world,
             steps=steps,
             sampler=sampler,
@@ -133,9 +132,9 @@ class RealImages:
     expected to beat. training: what the model was trained on, None where that is not told apart.
     """
 
-    reference: Tensor
-    floor: Tensor
-    training: Tensor | None
+    reference: UInt8[Tensor, "n c h w"]
+    floor: UInt8[Tensor, "m c h w"]
+    training: UInt8[Tensor, "k c h w"] | None
 
 
 def real_images(config: Config) -> RealImages:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jaxtyping import Float
 from torch import Tensor
 
 from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
@@ -129,8 +130,8 @@ def write_table(
 
 def draw_pictures(
     folder: Path,
-    teachers: Mapping[int, Tensor],
-    students: Mapping[int, Tensor],
+    teachers: Mapping[int, Float[Tensor, "n c h w"]],
+    students: Mapping[int, Float[Tensor, "n c h w"]],
     reference_steps: int,
 ) -> None:
     """Writes comparison.png and ladder.png.
@@ -145,8 +146,8 @@ def draw_pictures(
 
 def draw_comparison(
     path: Path,
-    teachers: Mapping[int, Tensor],
-    students: Mapping[int, Tensor],
+    teachers: Mapping[int, Float[Tensor, "n c h w"]],
+    students: Mapping[int, Float[Tensor, "n c h w"]],
     reference_steps: int,
     num_steps: int,
 ) -> None:
@@ -172,8 +173,8 @@ def draw_comparison(
 
 def draw_ladder(
     path: Path,
-    teachers: Mapping[int, Tensor],
-    students: Mapping[int, Tensor],
+    teachers: Mapping[int, Float[Tensor, "n c h w"]],
+    students: Mapping[int, Float[Tensor, "n c h w"]],
     reference_steps: int,
     steps: Sequence[int],
     columns: int = 16,

@@ -7,14 +7,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaluation.quality import Quality
 from utils.command import InputError
 from utils.files import atomic_write, write_text
 
 FLOOR = "real images"
-DISTILLED = ", distilled"
+DISTILLED = ": distilled"
+
+
+class Key(NamedTuple):
+    """What tells rows apart: the run, its checkpoint, how it was sampled, how often."""
+
+    run: str
+    name: str
+    sampler: str
+    steps: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -25,12 +35,13 @@ class Row:
     to_teacher, to_base: mean squared distance in the model's range, from the same noise, to the
     images of a student's own teacher and of the base model at its most steps; same_class: the
     share of digits whose class agrees with the base model's; asked_class: with the class that a
-    conditional model was asked for. memorised: the shares of samples that
-    are nearer to a training image than all but 1% of real ones, in pixels and in features.
-    base_steps: of the base model's images in to_base and same_class. run: that the checkpoint is
-    of, which students and their base model share. source: a digest of what the
-    images are a function of. Samples follow the training images, the digits' classifier has seen
-    most of them, and the real ones are test images: a few memorised ones more are no proof.
+    conditional model was asked for. memorised: the shares of samples that are nearer to a training
+    image than all but 1% of real ones, in pixels and in features: samples follow the training
+    images, the digits' classifier has seen most of them, and the real ones are test images, so a
+    few more are no proof. base_steps: of the base model's images in to_base and same_class.
+    run: that the checkpoint is of, which students and their base model share unless they were
+    distilled by a YAML of another name; update: how far it was trained. source: a digest of what
+    the images are a function of.
     """
 
     name: str
@@ -46,19 +57,21 @@ class Row:
     memorised_features: float | None = None
     base_steps: int | None = None
     run: str = ""
+    update: int = 0
     source: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int, int]:
+    def key(self) -> "Key":
         """What tells rows apart."""
-        return (self.name, self.sampler, self.steps or 0, self.quality.count)
+        return Key(self.run, self.name, self.sampler, self.steps or 0, self.quality.count)
 
     @property
     def curve(self) -> str:
         """The curve of the figure that it is a point of."""
-        return {"student": f"{self.run}{DISTILLED}", "base": f"{self.name}, {self.sampler}"}.get(
-            self.kind, self.name
-        )
+        return {
+            "student": f"{self.run}{DISTILLED}",
+            "base": f"{self.run}: {self.name}, {self.sampler}",
+        }.get(self.kind, self.name)
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,7 @@ def write_results(folder: Path, results: Results) -> None:
 
 
 COLUMNS = {
+    "run": lambda r: r.run,
     "checkpoint": lambda r: r.name,
     "sampler": lambda r: r.sampler,
     "steps": lambda r: "" if r.steps is None else str(r.steps),
@@ -133,9 +147,11 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The table, columns that say nothing left out."""
+    """The table, columns that say nothing left out, and that of the run where there is but one."""
     columns = {t: f for t, f in COLUMNS.items() if any(f(row) for row in results.rows)}
-    numeric = [title not in ("checkpoint", "sampler") for title in columns]
+    if len({row.run for row in results.rows if row.run}) == 1:
+        columns.pop("run")
+    numeric = [title not in ("run", "checkpoint", "sampler") for title in columns]
     lines = [
         f"| {' | '.join(columns)} |",
         f"|{'|'.join('---:' if right else '---' for right in numeric)}|",
@@ -145,10 +161,13 @@ def markdown(results: Results) -> str:
 
 
 def finest_base(results: Results, run: str | None = None) -> Row | None:
-    """The row of the base model, of that run, with the most DDIM steps and of those the samples."""
+    """The row of the base model, of that run.
+
+    The longest trained, and of its rows that of the most DDIM steps and samples.
+    """
     bases = [r for r in results.rows if r.kind == "base" and r.sampler == "ddim"]
     ours = [r for r in bases if run in (None, r.run)]
-    return max(ours, key=lambda r: (r.steps or 0, r.quality.count), default=None)
+    return max(ours, key=lambda r: (r.update, r.steps or 0, r.quality.count), default=None)
 
 
 def by_curve(results: Results) -> dict[str, dict[int, Row]]:

@@ -34,7 +34,7 @@ def ddim_images(
     indices: range,
     device: torch.device,
     title: str,
-) -> Tensor:
+) -> Float[Tensor, "n c h w"]:
     """The images of these indices that DDIM makes in so many steps from the run's own noise.
 
     Not clipped. Their noise is a function of (config.seed, image index), so that every network of
@@ -76,7 +76,9 @@ class Trajectories:
             except (SafetensorError, OSError):
                 path.unlink()  # damaged: what it held can be made again
 
-    def of(self, checkpoint: Checkpoint, where: Path, num_steps: int, title: str) -> Tensor:
+    def of(
+        self, checkpoint: Checkpoint, where: Path, num_steps: int, title: str
+    ) -> Float[Tensor, "n c h w"]:
         """The unclipped DDIM images in so many steps of the checkpoint that lies there.
 
         Of all images in the first process; in the others they are not to be looked at.

@@ -211,6 +211,34 @@ def test_restarts_with_a_shared_store_are_warned_of(monkeypatch, capsys):
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "around", "index"),
+    [
+        (None, {}, 0),
+        ("cuda", {}, 0),
+        ("cuda:1", {}, 1),
+        (None, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "LOCAL_RANK": "1"}, 1),
+    ],
+)
+def test_a_gpu_is_known_by_its_index(monkeypatch, name, around, index):
+    """torch.cuda.set_device and DistributedDataParallel refuse a GPU without one."""
+    for key, value in around.items():
+        monkeypatch.setenv(key, value)
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    monkeypatch.setattr("torch.empty", lambda size, device: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with join_world(name) as world:
+        assert world.device == torch.device("cuda", index)
+        assert world.device.index == index
+    assert taken == [world.device]
+
+
 def test_two_processes_share_an_evaluation(runs, tmp_path):
     folder, _ = runs
     checkpoint = ("--checkpoint", folder / "base-1" / "diffusion-4.pt", "--steps", 1)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ import distill
 import evaluate
 import sample
 import train
-from evaluation.comparison import Comparison, asked_share
+from evaluation.comparison import Comparison, Partners, asked_share, plan_jobs
 from evaluation.gallery import CHUNK, RealImages, real_images
 from evaluation.quality import Quality
 from evaluation.results import Results, Row, summary
 from tests.toys import tiny
 from utils import publish
-from utils.checkpoint import digest, load_checkpoint
+from utils.checkpoint import digest, load_checkpoint, publish_checkpoint
 from utils.config import make_config
 from utils.data import read_mnist
 from utils.sampling import SampleRequest
@@ -120,16 +121,17 @@ def test_tables_and_a_figure_are_written(workshop):
     with Image.open(folder / "distances.png") as picture:
         assert picture.width > 500
         assert len(set(picture.convert("RGB").getdata())) > 50
-    assert (folder / "nearest-tiny-2-steps-ddim-2.png").exists()
+    assert (folder / "nearest-tiny-tiny-2-steps-ddim-2.png").exists()
 
 
 def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
-    def row(kind, steps, count, frechet, sampler="ddim", name="t", run="r"):
+    def row(kind, steps, count, frechet, sampler="ddim", name="t", run="r", update=9):
         quality = Quality(count, frechet, 0.1, 0.0, 0.0, 0.0)
-        return Row(name, kind, sampler, steps, quality, run=run)
+        return Row(name, kind, sampler, steps, quality, run=run, update=update)
 
     rows = [
         row("base", 1024, 200, 2.0),
+        row("base", 1024, 200, 8.0, name="e", update=5),
         row("base", 8, 500, 9.0),
         row("base", 8, 500, 7.0, "ancestral"),
         row("student", 8, 500, 2.5, name="s8"),
@@ -138,14 +140,16 @@ def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
         row("student", 8, 200, 5.0, name="o8", run="other"),
     ]
     table = summary(Results("digits", {}, rows)).splitlines()[2:]
-    assert table[0] == "| steps | other, distilled | r, distilled | t, ancestral | t, ddim |"
+    assert table[0] == (
+        "| steps | other: distilled | r: distilled | r: e, ddim | r: t, ancestral | r: t, ddim |"
+    )
     assert table[2:] == [
-        "| 1024 |  |  |  | 2.000 ± 0.100 |",
-        "| 8 | 5.000 ± 0.100 | 3.000 ± 0.100 (1.50) "
+        "| 1024 |  |  | 8.000 ± 0.100 |  | 2.000 ± 0.100 |",
+        "| 8 | 5.000 ± 0.100 | 3.000 ± 0.100 (1.50) |  "
         "| 7.000 ± 0.100, n = 500 | 9.000 ± 0.100, n = 500 |",
-        "| 4 |  | 4.000 ± 0.100, n = 500 |  |  |",
+        "| 4 |  | 4.000 ± 0.100, n = 500 |  |  |  |",
     ]
-    assert summary(Results("digits", {}, rows[:3])) == ""
+    assert summary(Results("digits", {}, rows[:4])) == ""
 
 
 def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, capsys):
@@ -199,6 +203,27 @@ def test_a_partner_that_comes_later_is_told_of(workshop, tmp_path):
     assert same == {k: v for k, v in found[0].items() if k != "to_teacher"}
 
 
+def test_other_real_images_are_refused_before_drawing(workshop, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(workshop["measured"], tmp_path / "again")
+    others = RealImages(*(torch.zeros(100, 1, 32, 32, dtype=torch.uint8) for _ in range(3)))
+    monkeypatch.setattr("evaluation.gallery.real_images", lambda config: others)
+    monkeypatch.setattr(SampleRequest, "draw", lambda *a: pytest.fail("drawn"))
+    again = ("--checkpoint", workshop["published"][0], "--steps", 3, "--output", folder)
+    assert run(evaluate, *again) == 2
+    assert "measured against other real images; give another" in capsys.readouterr().err
+
+
+def test_a_student_belongs_to_the_base_model_of_its_own_run(workshop):
+    base, _, student = (load_checkpoint(path) for path in workshop["published"])
+    longer = replace(base, name="another", update=base.update + 1)
+    made = {Path("a"): base, Path("b"): longer, Path("c"): student}
+    jobs = plan_jobs(made, ["ddim"], [8], 100, None)
+    assert Partners.of(jobs[2], jobs).base is jobs[0]
+    later = replace(base, update=base.update + 1)
+    jobs = plan_jobs({**made, Path("d"): later}, ["ddim"], [8], 100, None)
+    assert Partners.of(jobs[2], jobs).base is jobs[3]
+
+
 def test_images_from_elsewhere(workshop, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
     np.savez(tmp_path / "made.npz", pixels)
@@ -245,7 +270,13 @@ def test_other_noise_is_measured_anew_and_equal_names_are_refused(workshop, tmp_
         assert run(evaluate, *common, "--seed", seed) == 0
         distances.append([r["quality"]["frechet"] for r in rows_of(out) if r["kind"] != "floor"])
     assert distances[0] != distances[1]
+    of_another_run = replace(load_checkpoint(workshop["published"][2]), name="another")
     twin = tmp_path / workshop["published"][2].name
+    publish_checkpoint(twin, of_another_run, half=False)
+    assert run(evaluate, "--checkpoint", twin, *common[1:]) == 0
+    runs = [row["run"] for row in rows_of(out) if row["kind"] == "student"]
+    assert sorted(runs) == ["another", "tiny"]
+    assert "| another | tiny-2-steps |" in (out / "results.md").read_text()
     shutil.copy(workshop["published"][2], twin)
     assert run(evaluate, "--checkpoint", twin, workshop["published"][2], "--output", out) == 2
     assert "tiny-2-steps: two files of this name" in capsys.readouterr().err

@@ -9,9 +9,11 @@ import torch
 import evaluate
 import sample
 from evaluation.features import make_extractor
+from evaluation.gallery import Gallery
 from evaluation.quality import class_shares, confident_share
 from evaluation.results import read_results, summary
 from utils.checkpoint import digest, load_checkpoint
+from utils.distributed import World
 
 ROOT = Path(__file__).parents[1]
 PRETRAINED = ROOT / "pretrained"
@@ -27,7 +29,7 @@ def results():
 
 
 def row_of(results, path, steps):
-    return next(row for row in results.rows if row.key == (path.stem, "ddim", steps, 2000))
+    return next(row for row in results.rows if row.key[1:] == (path.stem, "ddim", steps, 2000))
 
 
 def test_the_files_are_the_ladder_and_small():
@@ -62,8 +64,12 @@ def test_readme_and_the_page_show_the_stored_results(results):
 
 
 def test_the_stored_results_are_of_the_published_weights(results):
-    shown = {row.name for row in results.rows if row.kind in ("base", "student")}
-    assert shown == {path.stem for path in PRETRAINED.glob("*.safetensors")}
+    published = {path.stem: load_checkpoint(path) for path in PRETRAINED.glob("*.safetensors")}
+    gallery = Gallery(Path(), World(torch.device("cpu")), seed=0, batch_size=1)
+    ours = [row for row in results.rows if row.kind in ("base", "student")]
+    assert {row.name for row in ours} == set(published)
+    for row in ours:
+        assert row.source == gallery.key(published[row.name], row.sampler, row.steps)
 
 
 def test_no_model_is_better_than_real_images_and_one_undistilled_step_is_the_worst(results):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ import train
 from tests.toys import tiny
 from utils.build import build_network
 from utils.checkpoint import digest, load_checkpoint, save_checkpoint
-from utils.config import make_config
+from utils.config import make_config, override
+from utils.engine import sampling_engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,7 +258,7 @@ def test_classes_channels_and_flips_by_config_alone(tmp_path, channels):
     assert run(distill, "--teacher_model_checkpoint", teacher, "--output", tmp_path / "d") == 0
     npz = tmp_path / "x.npz"
     student = tmp_path / "d" / "student-4.pt"
-    labelled = ("--checkpoint", student, "--count", 3, "--output", npz, "--labels", "0,-1")
+    labelled = ("--checkpoint", student, "--count", 3, "--output", npz, "--labels=-1,0")
     assert run(sample, *labelled) == 0
     assert np.load(npz)["arr_0"].shape == (3, 32, 32, channels)
 
@@ -331,7 +333,7 @@ def test_an_image_is_a_function_of_seed_and_index(workshop, tmp_path):
     assert np.abs(a.astype(int) - c).max() > 1
 
 
-def test_a_folder_holds_the_images_of_the_npz(workshop, tmp_path):
+def test_a_folder_holds_the_images_of_the_npz(workshop, tmp_path, capsys):
     common = ("--checkpoint", workshop["teacher"], "--count", 3, "--steps", 2, "--no-clip")
     assert run(sample, *common, "--output", tmp_path / "images") == 0
     assert run(sample, *common, "--output", tmp_path / "a.npz") == 0
@@ -340,6 +342,46 @@ def test_a_folder_holds_the_images_of_the_npz(workshop, tmp_path):
     array = np.load(tmp_path / "a.npz")["arr_0"]
     for file, image in zip(files, array, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), image[..., 0])
+    assert run(sample, *common, "--output", tmp_path / "images") == 0, "the same again"
+    fewer = (*common[:3], 2, "--output", tmp_path / "images")
+    assert "holds 1 other pictures, 000002.png" in refused(capsys, sample, *fewer)
+
+
+def test_a_checkpoint_of_a_gpu_is_sampled_eagerly_in_float32_on_a_cpu(
+    workshop, tmp_path, monkeypatch
+):
+    stored = load_checkpoint(workshop["teacher"])
+    config = override(stored.config.model_dump(mode="json"), ["engine.precision=bf16"])
+    path = tmp_path / "gpu.pt"
+    compiled = override(config, ["engine.compile=true"])
+    save_checkpoint(path, replace(stored, config=make_config(compiled, "x")))
+    monkeypatch.setattr("torch.compile", lambda network: pytest.fail("compiled"))
+    images = []
+    for checkpoint in (path, workshop["teacher"]):
+        out = tmp_path / "x.npz"
+        assert run(sample, "--checkpoint", checkpoint, "--count", 2, "--output", out) == 0
+        images.append(np.load(out)["arr_0"])
+    assert np.array_equal(*images)
+    engine = load_checkpoint(path).config.engine
+    assert sampling_engine(engine, torch.device("cuda:0")) == engine
+
+
+def test_the_default_output_tells_runs_and_steps_apart(workshop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    student = workshop["ladder"] / "student-4.pt"
+    for given in (
+        ("--checkpoint", workshop["teacher"]),
+        ("--checkpoint", workshop["teacher"], "--steps", 3),
+        ("--checkpoint", student),
+    ):
+        assert run(sample, *given) == 0
+    run_name = load_checkpoint(student).name
+    own = load_checkpoint(workshop["teacher"]).config.sampling.steps
+    assert {path.stem for path in Path("output/samples").iterdir()} == {
+        f"{run_name}-diffusion-4-{own}-steps",
+        f"{run_name}-diffusion-4-3-steps",
+        f"{run_name}-student-4",
+    }
 
 
 @pytest.mark.parametrize(
@@ -462,8 +504,48 @@ def test_ctrl_c_in_the_last_save_of_a_stage_is_heard(
     else:
         arguments = ("--teacher_model_checkpoint", workshop["teacher"])
     assert run(script, *arguments, "--output", tmp_path) == 130
-    assert "run the same command again" in capsys.readouterr().err
+    assert "run the same command again to go on" in capsys.readouterr().err
     assert not (tmp_path / "student-2.pt").exists()
+
+
+def test_who_stops_a_restarted_run_is_told_not_to_restart_it(
+    workshop, tmp_path, capsys, monkeypatch
+):
+    base = shutil.copytree(workshop["base"], tmp_path / "base")
+    given = ("--config_path", workshop["config"], "--output", base, "--restart")
+
+    def interrupted(path, checkpoint):
+        save_checkpoint(path, checkpoint)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.stages.save_checkpoint", interrupted)
+        assert run(train, *given) == 130
+    assert "without --restart, which would DELETE it" in capsys.readouterr().err
+    (saved,) = base.glob("diffusion-*.pt")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts it again, as it was
+    assert run(train, *given) == 0
+    assert f"going on from {saved}" in capsys.readouterr().out
+
+
+def test_the_command_that_train_py_names_runs(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "photos of mine"
+    folder.mkdir()
+    for n in range(5):
+        Image.new("RGB", (32, 32), (50 * n, 0, 0)).save(folder / f"{n}.png")
+    config = write_config(tmp_path, data={"channels": 3})
+    monkeypatch.chdir(tmp_path)
+    settings = ("data.name=image_folder", f"data.root={folder}", "data.workers=0")
+    assert run(train, "--config_path", config, "--output", "out/mine", "--set", *settings) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    assert command[:2] == ["python", "distill.py"]
+    assert run(distill, *command[2:]) == 0
+    assert load_checkpoint(Path("output/distilled/mine/student-2.pt")).config.data.root == str(
+        folder
+    )
+    # Nor does a YAML of other data take its folder away.
+    assert run(distill, *command[2:4], "--config_path", config, "--output", "other") == 0
+    assert load_checkpoint(Path("other/student-2.pt")).config.data.root == str(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

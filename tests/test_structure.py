@@ -43,7 +43,7 @@ def test_imports_go_one_way(module):
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if m.parts[0] in ("diffusion", "models")], ids=str
+    "module", [m for m in MODULES if m.parts[0] in ("diffusion", "models", "evaluation")], ids=str
 )
 def test_public_functions_state_their_shapes(module):
     """No tensor of a public signature is without a shape; conftest.py has them checked."""

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from diffusion.gaussian import OUTPUT_TYPES, Denoiser
 from diffusion.schedule import Schedule, make_schedule
 from models.unet import UNet
+from utils.checkpoint import Checkpoint
 from utils.command import InputError
 from utils.config import Config
 from utils.data import Dataset, open_dataset
-from utils.engine import accelerated, allow_tf32
+from utils.engine import accelerated, allow_tf32, sampling_engine
 
 
 def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
@@ -49,6 +50,15 @@ def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> 
     allow_tf32(config.engine)
     called = accelerated(network, config.engine, device)
     return Denoiser(called, config.diffusion.prediction)
+
+
+def load_denoiser(checkpoint: Checkpoint, where: Path, device: torch.device) -> Denoiser:
+    """The checkpoint's network, ready to be sampled. where: its file, for errors."""
+    engine = sampling_engine(checkpoint.config.engine, device)
+    config = checkpoint.config.model_copy(update={"engine": engine})
+    network = build_network(config, device).eval()
+    load_weights(network, checkpoint.weights, where)
+    return build_denoiser(config, network, device)
 
 
 def build_schedule(config: Config) -> Schedule:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
-GO_ON = "stopped; run the same command again to go on from the last checkpoint"
+GO_ON = "run the same command again to go on"
 
 
 class InputError(Exception):
@@ -27,20 +27,22 @@ class DamagedCheckpoint(InputError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, has saved, and says how to go on."""
+    """The run was asked to stop, has saved, and says where."""
 
 
-def run_command(work: Callable[[], None], if_stopped: str = "stopped") -> int:
-    """Does the work and gives the exit code: 0, 2 with one line on bad input, 130 after Ctrl-C."""
+def run_command(work: Callable[[], None], then: str = "") -> int:
+    """Does the work and gives the exit code: 0, 2 with one line on bad input, 130 after Ctrl-C.
+
+    then: what a user who has stopped it may do.
+    """
     try:
         with handled(signal.SIGTERM, signal.default_int_handler):  # as Ctrl-C is
             work()
     except InputError as error:
         return _fail(f"error: {error}", BAD_INPUT)
-    except Stopped as stopped:
-        return _fail(str(stopped), INTERRUPTED) if leads() else INTERRUPTED
-    except KeyboardInterrupt:
-        return _fail(if_stopped, INTERRUPTED) if leads() else INTERRUPTED
+    except (Stopped, KeyboardInterrupt) as stopped:
+        said = "; ".join(part for part in (str(stopped) or "stopped", then) if part)
+        return _fail(said, INTERRUPTED) if leads() else INTERRUPTED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror or error}", BAD_INPUT)
@@ -105,6 +107,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="DELETE the checkpoints of an earlier run in the output folder and begin anew",
     )
     add_device_argument(parser)
+
+
+def to_go_on(restart: bool) -> str:
+    """What a user who has stopped a run may do; restart: the run was begun so."""
+    return f"{GO_ON}, but without --restart, which would DELETE it" if restart else GO_ON
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -97,9 +97,9 @@ def join_world(device_name: str | None) -> Iterator[World]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or a GPU where there is one, or the CPU."""
+    """The device of that name, or a GPU where there is one, or the CPU. A GPU has its index."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -109,4 +109,6 @@ def choose_device(name: str | None) -> torch.device:
         raise InputError(
             f"--device {name}: not a device of this machine; take cpu, cuda or cuda:N"
         ) from None
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -17,14 +17,23 @@ def allow_tf32(engine: EngineConfig) -> None:
     torch.backends.cudnn.allow_tf32 = engine.tf32
 
 
+def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
+    """As a checkpoint that may come from elsewhere is sampled: by its own engine on a GPU.
+
+    On a CPU eager and in float32, as neither half precision nor a minute of compilation pays there.
+    """
+    if device.type == "cuda":
+        return engine
+    return engine.model_copy(update={"precision": "fp32", "compile": False})
+
+
 def accelerated(
     network: nn.Module, engine: EngineConfig, device: torch.device
 ) -> Callable[..., Tensor]:
     """The network as losses and samplers call it: compiled and under autocast, if so asked.
 
     Only the network runs in reduced precision; a Denoiser brings its output back to that of z, so
-    that schedule, decoding, target and loss are in float32. A compiled network has a graph of its
-    own, apart from any other network's.
+    that schedule, decoding, target and loss are in float32.
     """
     call: Callable[..., Tensor] = torch.compile(network) if engine.compile else network
     if engine.precision == "fp32":

@@ -41,10 +41,11 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tenso
 def by_class(images: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, int | None]:
     """Images whose classes take turns, brought into a row for each; and how many columns that is.
 
-    Those beyond the last whole turn are left out. Without classes the images as they are, and None.
+    Those beyond the last whole turn are left out. Without classes, or of one alone, the images as
+    they are, and None.
     """
     turns = len(images) // len(classes) if classes else 0
-    if classes is None or not turns:
+    if classes is None or len(classes) == 1 or not turns:
         return images, None
     whole = images[: turns * len(classes)]
     return rearrange(whole, "(n k) c h w -> (k n) c h w", k=len(classes)), turns

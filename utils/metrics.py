@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.files import write_text
+from utils.images import encode
 
 BIN_EDGES = tuple(range(-20, 21, 4))  # of the logsnr bins that losses are averaged in
 BINNED_EVERY = 100  # updates
@@ -115,7 +116,7 @@ class LossBins:
 
 def sample_statistics(images: Tensor) -> dict[str, float]:
     """Mean, variance and share of clipped pixels of uint8 images, in the model's range."""
-    x = images.float() / 127.5 - 1.0
+    x = encode(images)
     return {
         "samples_mean": x.mean().item(),
         "samples_variance": x.var().item(),

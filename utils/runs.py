@@ -80,7 +80,8 @@ def delete_run(folder: Path, prefix: str) -> None:
 def sweep(folder: Path) -> None:
     """Deletes the temporary files that a killed run left half written."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):  # as files.atomic_write names them
+            path.unlink(missing_ok=True)
 
 
 # --- what a ladder is asked for ------------------------------------------------------------------
@@ -118,9 +119,10 @@ def distillation_config(
             f"{first} (distillation.first_steps, --initial_sampling_steps): "
             + (f"take {teacher.num_steps // 2}" if teacher.num_steps % 2 == 0 else "it is odd")
         )
-    data = teacher.config.data.model_copy(
-        update={"root": given.data.root, "workers": given.data.workers}
-    )
+    data = teacher.config.data.model_copy(update={"workers": given.data.workers})
+    asked = any(item.startswith("data.root=") for item in overrides)
+    if asked or given.data.name == data.name:  # the folder of other data is no use
+        data = data.model_copy(update={"root": given.data.root})
     return teacher.config.model_copy(
         update={
             "distillation": given.distillation,

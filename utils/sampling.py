@@ -17,6 +17,7 @@ from utils.build import build_schedule, image_shape
 from utils.checkpoint import Checkpoint
 from utils.command import InputError, warn
 from utils.config import Config
+from utils.data import IMAGE_SUFFIXES
 from utils.distributed import World
 from utils.files import atomic_write
 from utils.images import by_class, decode, make_grid, save_gif, save_png, to_pillow
@@ -241,7 +242,18 @@ def write_grid(
 
 
 def write_folder(folder: Path, request: SampleRequest, count: int) -> list[Path]:
-    """Writes 000000.png, 000001.png, .. into the folder."""
+    """Writes 000000.png, 000001.png, .. into the folder.
+
+    Raises InputError where it holds other pictures, which would be taken for some of these.
+    """
+    ours = {folder / f"{index:06d}.png" for index in range(count)}
+    pictures = {path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
+    request.world.wait()  # before anybody writes
+    if others := pictures - ours:
+        raise InputError(
+            f"{folder}: holds {len(others)} other pictures, {min(others).name} for one; give "
+            "another folder (--output)"
+        )
     for indices, images in request.batches(count):
         for index, image in zip(indices, images, strict=True):
             with atomic_write(folder / f"{index:06d}.png") as file:

@@ -1,6 +1,7 @@
 """The stages of a run: the base model, and students that do two of their teacher's steps in one."""
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -104,10 +105,13 @@ class Run:
 
 
 def begin(run: Run, prefix: str, restart: bool) -> None:
-    """Makes the run's folder ready: what a kill left half written goes; on restart, the old run."""
+    """Makes the run's folder ready: what a kill left half written goes; on restart, the old run.
+
+    Not where torchrun has started the processes again: what is there then is this run's own.
+    """
     if run.world.leads:
         sweep(run.output)
-        if restart:
+        if restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             delete_run(run.output, prefix)
     run.world.wait()
 

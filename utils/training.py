@@ -394,10 +394,7 @@ def run_stage(
             if stopping:
                 break
     if world.any(stop.requested):  # one that came at the very end too
-        raise Stopped(
-            f"stopped and saved at update {trainee.update} of {plan.updates} ({title}); "
-            "run the same command again to go on"
-        )
+        raise Stopped(f"stopped and saved at update {trainee.update} of {plan.updates} ({title})")
 
 
 class Monitor:
