@@ -10,9 +10,10 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help quickstart results evaluate experiments ablation test test-slow torture lint format mutants clean
+.PHONY: help install quickstart results evaluate experiments ablation test test-slow torture lint format mutants clean
 
 help:
+	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
 	@echo 'make evaluate     measure the published weights (hours)'
@@ -36,6 +37,8 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/pyth
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $(VENV)/.installed $@
 
+install: $(VENV)/.installed
+
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py --config_path $(CONFIG)
 	$(BIN)/python distill.py --config_path $(CONFIG) --teacher_model_checkpoint $(NEWEST)
@@ -52,6 +55,9 @@ results: $(VENV)/.installed
 		--checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1) \
 		$(foreach n,64 32 16 8 4 2 1,output/distilled/mnist_small/student-$(n).pt)
 	$(MAKE) evaluate
+	mkdir -p docs/mnist
+	cp output/evaluation/results.* output/evaluation/distances.png output/distilled/mnist_small/comparison.png \
+		docs/mnist/
 
 # 2,000 images of each, as a distance falls with their number; 5,000 of few steps as well. Each call
 # adds its rows to those of the ones before, and draws no image twice.

@@ -13,10 +13,16 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.command import GO_ON, INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
 from utils.files import write_text
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
+    from utils.config import Config
 
 BASE = Path("configs/mnist_small.yaml")
 COMMON = [
@@ -68,13 +74,19 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: experiment(arguments), GO_ON)
 
 
-def make_parser(about: str, seconds: int, steps: int, output: str) -> argparse.ArgumentParser:
-    """The options of a comparison in equal CPU time, with its defaults."""
+def make_parser(
+    about: str | None, seconds: int, steps: int | None, output: str
+) -> argparse.ArgumentParser:
+    """The options of a comparison in equal CPU time, with its defaults.
+
+    steps: of the samplers; None where each checkpoint has its own.
+    """
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("--seconds", type=int, default=seconds, help=f"of CPU time for each ({seconds})")
     add("--count", type=int, default=1000, help="samples of each (1000)")
-    add("--steps", type=int, default=steps, help=f"of the samplers ({steps})")
+    if steps is not None:
+        add("--steps", type=int, default=steps, help=f"of the samplers ({steps})")
     add("--output", type=Path, default=Path(output))
     add("--table", action="store_true", help="only print what is known so far")
     return parser
@@ -108,22 +120,13 @@ def run_variant(name: str, arguments: argparse.Namespace) -> None:
 def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> Path:
     """Trains a config for so much CPU time of one thread; returns the last checkpoint.
 
-    How many updates that is, is timed once and kept in plan.json. Raises Diverged.
+    Raises Diverged.
     """
     import train
     from utils.config import load_config
     from utils.metrics import read_metrics
 
-    plan_path = folder / "plan.json"
-    if not plan_path.exists():
-        per_update = cpu_seconds(load_config(base, overrides))
-        updates = max(1, int(seconds / per_update))
-        plan = {"seconds": seconds, "per_update": per_update, "updates": updates}
-        write_text(plan_path, json.dumps(plan) + "\n")
-    plan = json.loads(plan_path.read_text())
-    if plan.get("seconds", seconds) != seconds:
-        raise InputError(f"{plan_path}: planned for {plan['seconds']} s; give another --output")
-    updates = plan["updates"]
+    updates = planned_updates(seconds, folder, lambda: cpu_seconds(load_config(base, overrides)))
     last = folder / f"diffusion-{updates}.pt"
     if not last.exists():
         more = [f"training.updates={updates}", "training.checkpoint_every=1000000"]
@@ -140,8 +143,25 @@ def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> P
     return last
 
 
-def measure(path: Path, folder: Path, samplers: list[str], steps: int, count: int) -> None:
-    """Draws and measures samples of a checkpoint; writes result.json, a row for each sampler."""
+def planned_updates(seconds: int, folder: Path, per_update: Callable[[], float]) -> int:
+    """How many updates fit into the time; timed once, and kept in plan.json."""
+    path = folder / "plan.json"
+    if not path.exists():
+        one = per_update()
+        updates = max(1, int(seconds / one))
+        plan = {"seconds": seconds, "per_update": one, "updates": updates}
+        write_text(path, json.dumps(plan) + "\n")
+    plan = json.loads(path.read_text())
+    if plan.get("seconds", seconds) != seconds:
+        raise InputError(f"{path}: planned for {plan['seconds']} s; give another --output")
+    return int(plan["updates"])
+
+
+def measure(path: Path, folder: Path, samplers: list[str], steps: int | None, count: int) -> None:
+    """Draws and measures samples of a checkpoint; writes result.json, a row for each sampler.
+
+    steps: of a base model; a student has its own.
+    """
     from evaluation.comparison import Comparison
     from evaluation.features import make_extractor
     from evaluation.gallery import Gallery, real_images
@@ -158,13 +178,16 @@ def measure(path: Path, folder: Path, samplers: list[str], steps: int, count: in
             )
         return
     checkpoint = load_checkpoint(path)
+    recipe = checkpoint.config.training if steps else checkpoint.config.distillation
     world = World(choose_device("cpu"))
     gallery = Gallery(folder / "images", world, seed=0, batch_size=125)
     extract = make_extractor("digits", world.device)
     comparison = Comparison(extract, real_images(checkpoint.config), with_training=False)
     rows = {}
     for sampler in samplers:
-        images = gallery.images(checkpoint, path, sampler, steps, count)
+        images = gallery.images(
+            checkpoint, path, sampler, steps or checkpoint.num_steps or 1, count
+        )
         quality = comparison.foreign(sampler, images).quality
         rows[sampler] = {
             "frechet": quality.frechet,
@@ -173,7 +196,7 @@ def measure(path: Path, folder: Path, samplers: list[str], steps: int, count: in
         }
     result = {
         "parameters": sum(tensor.numel() for tensor in checkpoint.model.values()),
-        "batch_size": checkpoint.config.training.batch_size,
+        "batch_size": recipe.batch_size,
         "updates": checkpoint.update,
         "count": count,
         "steps": steps,
@@ -182,20 +205,33 @@ def measure(path: Path, folder: Path, samplers: list[str], steps: int, count: in
     write_text(known, json.dumps(result) + "\n")
 
 
-def cpu_seconds(config) -> float:  # type: ignore[no-untyped-def]
-    """The CPU time of an update, over some that are not the first."""
+def cpu_seconds(config: "Config", teacher: "Checkpoint | None" = None) -> float:
+    """The CPU time of an update, over some that are not the first. teacher: of distillation's."""
     import torch
 
-    from utils.build import build_dataset, build_denoiser, build_network, build_schedule
+    from utils.build import (
+        build_dataset,
+        build_denoiser,
+        build_network,
+        build_schedule,
+        load_denoiser,
+    )
     from utils.distributed import World
-    from utils.training import Plan, Trainee, base_objective, make_optimizer, updates
+    from utils.training import (
+        Plan,
+        Trainee,
+        base_objective,
+        make_optimizer,
+        student_objective,
+        updates,
+    )
 
     device = torch.device("cpu")
     network = build_network(config, device)
-    average = copy.deepcopy(network).requires_grad_(False)
+    average = copy.deepcopy(network).requires_grad_(False) if teacher is None else None
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     trainee = Trainee(network, network, average, make_optimizer(network), scaler)
-    batch_size = config.training.batch_size
+    batch_size = (config.training if teacher is None else config.distillation).batch_size
     plan = Plan(
         seed=0,
         stage=0,
@@ -206,9 +242,12 @@ def cpu_seconds(config) -> float:  # type: ignore[no-untyped-def]
         checkpoint_every=2**31,
         ema_decay=0.999,
     )
-    objective = base_objective(
-        build_denoiser(config, network, device), build_schedule(config), "snr_plus_one"
-    )
+    denoiser, schedule = build_denoiser(config, network, device), build_schedule(config)
+    if teacher is None:
+        objective = base_objective(denoiser, schedule, "snr_plus_one")
+    else:
+        taught_by = load_denoiser(teacher, Path("the teacher"), device)
+        objective = student_objective(denoiser, taught_by, schedule, 8, "snr_trunc")
     steps = updates(trainee, plan, build_dataset(config, device), objective, World(device))
     count = max(20, 2000 // batch_size)
     for _ in itertools.islice(steps, 5):

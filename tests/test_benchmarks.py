@@ -1,15 +1,18 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import distill
 import train
-from benchmarks import ablation, cost, experiments, throughput
+from benchmarks import ablation, cost, experiments, stages, throughput
 from evaluation.gallery import RealImages, real_images
 from tests.toys import tiny
 from utils.build import build_network
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import load_config
 
 
@@ -89,6 +92,35 @@ def test_experiments_train_in_equal_time_and_go_on(small_base, tmp_path, monkeyp
     assert table.endswith(capsys.readouterr().out)
     assert experiments.main([*small_base, "--count", "30"]) == 2, "not the same measure"
     assert "of 20 samples of 2 steps" in capsys.readouterr().err
+
+
+def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
+    small_base, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    assert train.main(["--config_path", str(tmp_path / "tiny.yaml"), "--output", str(run)]) == 0
+    teacher = ["--teacher_model_checkpoint", str(run / "diffusion-4.pt")]
+    assert distill.main([*teacher, "--output", str(tmp_path / "ladder")]) == 0
+    monkeypatch.setattr(stages, "VARIANTS", {"rate5": [], "b8": ["distillation.batch_size=8"]})
+    monkeypatch.setattr(stages, "HELD_OUT", 200)
+    given = [a for a in small_base if a not in ("--steps", "2")]
+    given += ["--checkpoint", str(tmp_path / "ladder" / "student-4.pt")]
+    capsys.readouterr()
+    assert stages.main(given) == 0
+    table = capsys.readouterr().out
+    assert "| b8 | batch_size=8 | " in table
+    plans = [json.loads((tmp_path / f"out/{n}/plan.json").read_text()) for n in ("rate5", "b8")]
+    assert plans[0]["updates"] < plans[1]["updates"]
+    teacher_path = tmp_path / "ladder" / "student-4.pt"
+    trained = stages.held_out_loss(tmp_path / "out/b8/student-2.pt", teacher_path)
+    copied = tmp_path / "copied.pt"
+    save_checkpoint(copied, replace(load_checkpoint(teacher_path), num_steps=2))
+    assert trained < stages.held_out_loss(copied, teacher_path), "its teacher's own weights"
+    monkeypatch.setattr(distill, "main", lambda command: 1 / 0)
+    assert stages.main(given) == 0, "nothing is distilled twice"
+    given[-1] = str(run / "diffusion-4.pt")
+    assert stages.main(given) == 2
+    assert "not a student of an even number of steps" in capsys.readouterr().err
 
 
 def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, capsys):
