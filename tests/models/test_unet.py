@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,6 +10,7 @@ from models.unet import UNet
 from tests.toys import GOLDEN, golden
 from utils.convert_jax import read_msgpack, state_dict_of
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "image_size": 16,
     "image_channels": 1,
@@ -265,3 +270,31 @@ def test_the_tutorials_network_learns_in_a_full_sized_update():
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
+
+
+COUNT_GRAPHS = """
+import torch
+from torch._dynamo.testing import CompileCounter
+from models.unet import UNet
+graphs, counts = CompileCounter(), []
+z, logsnr = torch.randn(2, 1, 16, 16), torch.zeros(2)
+for _ in range(10):
+    student, teacher = UNet(**SIZES), UNet(**SIZES).requires_grad_(False).eval()
+    with torch.no_grad():
+        torch.compile(teacher, backend=graphs)(z, logsnr)
+    torch.compile(student, backend=graphs)(z, logsnr).sum().backward()
+    counts.append(graphs.frame_count)
+print(counts)
+"""
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_ladder_share_their_compiled_graphs():
+    """Torch compiles a function eight times at most, and then no more: a ladder has ten stages.
+
+    In a process of its own, as the checks of conftest.py break the graphs.
+    """
+    code = COUNT_GRAPHS.replace("SIZES", repr(SMALL))
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[0] == str([2] * 10)
