@@ -163,7 +163,7 @@ def draw_comparison(
     grids += [(f"student, {_steps(n)}", students[n]) for n in fewer]
     rows = 1 + bool(fewer)
     figure = Figure(figsize=(12, 4.4 * rows), layout="constrained")
-    places = figure.subplots(rows, 3, squeeze=False).flat
+    places = figure.subplots(rows, 3, squeeze=False).ravel()  # .flat is spent after one loop
     for axes in places:
         axes.set_axis_off()
     for axes, (title, images) in zip(places, grids, strict=False):

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -86,4 +87,7 @@ def test_the_report_says_what_was_measured(tmp_path):
         "teacher_error": 1.0,
     }
     for name in ("comparison.png", "ladder.png"):
-        assert Image.open(tmp_path / name).size[0] > 1000
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 1000
+            grey = (np.asarray(picture.convert("L")) == 128).mean()
+        assert grey > 0.4, "the images, all of them zero, are there"
