@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import train
+from utils.config import Config
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", 300))
 WRONG = [None, True, -1, 0, 0.5, "x", [], {}, [1, "x"], 1e300, ".nan", 2**70]
@@ -129,5 +130,6 @@ def test_a_config_runs_or_one_line_names_the_key(images, keys, data):
     assert code == 2, errors.getvalue()
     assert written == ["x.yaml"], "nothing is left of a run that was refused"
     names = [key for key in KEYS if "." in key] + [key.rpartition(".")[2] for key in keys]
+    names += [section for key in keys if (section := key.split(".")[0]) not in Config.model_fields]
     assert last[0].startswith("error: ")
     assert any(name in last[0] for name in names), last[0]
