@@ -130,8 +130,8 @@ def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
         return Row(name, kind, sampler, steps, quality, run=run, update=update)
 
     rows = [
-        row("base", 1024, 200, 2.0),
         row("base", 1024, 200, 8.0, name="e", update=5),
+        row("base", 1024, 200, 2.0),
         row("base", 8, 500, 9.0),
         row("base", 8, 500, 7.0, "ancestral"),
         row("student", 8, 500, 2.5, name="s8"),
