@@ -108,7 +108,7 @@ def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Na
         return forward + max(backward * batch / gflop_per_second, wire)
 
     training, distillation = config.training, config.distillation
-    stages = sum(distillation.stage(k)[0] for k in range(distillation.iterations))
+    stages = sum(distillation.stage(k).updates for k in range(distillation.iterations))
     update = seconds("training", training.batch_size)
     hours = [
         training.updates * update / 3600,

@@ -22,6 +22,7 @@ COMMON = [
 ]
 VARIANTS = {
     "rate5": [],
+    "rate05": ["distillation.learning_rate=0.00005"],
     "rate1": ["distillation.learning_rate=0.0001"],
     "rate2": ["distillation.learning_rate=0.0002"],
     "rate10": ["distillation.learning_rate=0.001"],
@@ -29,6 +30,8 @@ VARIANTS = {
     "b64": ["distillation.batch_size=64"],
     "plus_one": ["distillation.loss_weight=snr_plus_one"],
     "constant": ["distillation.loss_weight=constant"],
+    "rate2_late": ["distillation.learning_rate=0.0002", "distillation.time_exponent=3"],
+    "rate1_late": ["distillation.learning_rate=0.0001", "distillation.time_exponent=3"],
 }
 HELD_OUT = 2000  # test images
 

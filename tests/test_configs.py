@@ -64,6 +64,7 @@ KEYS = {
     "distillation.iterations": mostly(1, 2, 7),
     "distillation.updates_per_stage": mostly(5, [1, 2], [1]),
     "distillation.learning_rate": mostly(1e-4, [1e-4]),
+    "distillation.time_exponent": mostly(1.0, [3.0], 10.0, 0.5),
     "sampling.steps": mostly(1, 2),
     "sampling.sampler": mostly("ddim", "ancestral", "ancestral:medium:0.2", "dpm_solver++", "ddpm"),
     "sampling.clip": mostly(True, False),

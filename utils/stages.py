@@ -14,7 +14,7 @@ from torch import Tensor
 from utils.build import build_denoiser, build_network, build_schedule, load_weights
 from utils.checkpoint import Checkpoint, digest, load_checkpoint, save_checkpoint
 from utils.command import InputError, say
-from utils.config import Config
+from utils.config import Config, Stage
 from utils.data import Dataset
 from utils.distributed import World
 from utils.images import by_class, make_grid, save_png
@@ -188,14 +188,15 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     average, its learning rate falling to 0. Writes student-<steps>.pt.
     """
     config, distillation = run.config, run.config.distillation
-    num_steps, (updates, rate) = distillation.ladder()[position], distillation.stage(position)
+    num_steps, recipe = distillation.ladder()[position], distillation.stage(position)
+    updates = recipe.updates
     student = _untrained_student(run, teacher, num_steps)
     final, prefix = run.output / f"student-{num_steps}.pt", f"student-{num_steps}-"
     finals = [final] if final.exists() else []
     newest = run.newest(finals + numbered(run.output, prefix))
     if newest is not None:
         path, stored = newest
-        _require_same_stage(path, stored, student, (updates, rate))
+        _require_same_stage(path, stored, student, recipe)
         if stored.update == updates:
             for leftover in numbered(run.output, prefix) if run.world.leads else []:
                 leftover.unlink()  # of a run killed between its last save and this
@@ -229,13 +230,14 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
         build_schedule(config),
         num_steps,
         distillation.loss_weight,
+        recipe.time_exponent,
     )
     later = range(position + 1, distillation.iterations)
     plan = run.plan(
         student.stage,
         updates,
-        partial(decay_to_zero, rate, updates),
-        updates_after=sum(distillation.stage(n)[0] for n in later),
+        partial(decay_to_zero, recipe.learning_rate, updates),
+        updates_after=sum(distillation.stage(n).updates for n in later),
         noted={"num_steps": num_steps},
     )
     title = f"student {num_steps}"
@@ -278,9 +280,7 @@ def _go_on(trainee: Trainee, path: Path, stored: Checkpoint) -> None:
     say(f"going on from {path}")
 
 
-def _require_same_stage(
-    path: Path, stored: Checkpoint, wanted: Checkpoint, recipe: tuple[int, float]
-) -> None:
+def _require_same_stage(path: Path, stored: Checkpoint, wanted: Checkpoint, recipe: Stage) -> None:
     """A stage goes on only as the stage it was: same teacher, same updates, same recipe."""
     if stored.lineage != wanted.lineage:
         raise InputError(
@@ -290,6 +290,7 @@ def _require_same_stage(
     before = stored.config.distillation
     free = ["distillation.first_steps", "distillation.iterations"]
     if before.stage(before.ladder().index(wanted.num_steps or 0)) == recipe:
-        free += ["distillation.updates_per_stage", "distillation.learning_rate"]
+        keys = ("updates_per_stage", "learning_rate", "time_exponent")
+        free += [f"distillation.{key}" for key in keys]
     sections = ("seed", "data", "model", "diffusion", "distillation")
     require_same_run(path, stored.config, wanted.config, sections, free)

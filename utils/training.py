@@ -186,16 +186,24 @@ def base_objective(
 
 
 def student_objective(
-    student: Denoiser, teacher: Denoiser, schedule: Schedule, num_steps: int, weight: str
+    student: Denoiser,
+    teacher: Denoiser,
+    schedule: Schedule,
+    num_steps: int,
+    weight: str,
+    time_exponent: float = 1.0,
 ) -> Objective:
-    """The student's loss at a random step i ~ U{0 .. N-1} of its N = num_steps (algorithm 2).
+    """The student's loss at a random step i of its N = num_steps (Salimans & Ho 2022, algorithm 2).
 
-    The teacher takes two steps for each of the student's.
+    The teacher takes two steps for each of the student's. i = floor(N t), t = u^(1 / p) with
+    u ~ U(0, 1) and p = time_exponent, so t has the density p t^(p-1): 1 is the paper's uniform i.
     """
 
     def draw(rng: torch.Generator, shape: torch.Size) -> Drawn:
         eps = torch.randn(shape, generator=rng, device=rng.device)
-        return eps, torch.randint(num_steps, shape[:1], generator=rng, device=rng.device)
+        u = torch.rand(shape[0], generator=rng, device=rng.device, dtype=torch.float64)
+        i = (num_steps * u ** (1 / time_exponent)).long()
+        return eps, i.clamp(max=num_steps - 1)  # as a power of u < 1 may be rounded to 1
 
     def loss(x: Tensor, labels: Tensor | None, eps: Tensor, i: Tensor) -> Tensor:
         levels = transition_levels(schedule, num_steps, i, k=2)

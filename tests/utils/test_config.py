@@ -48,7 +48,7 @@ def test_the_tutorials_config_is_the_tutorials_recipe():
     assert (training.updates, training.batch_size, training.learning_rate) == (10000, 128, 2e-4)
     assert config.sampling.steps == 1024
     assert config.distillation.ladder() == (512, 256, 128, 64, 32, 16, 8)
-    assert config.distillation.stage(0) == (5000, 1e-4)
+    assert config.distillation.stage(0) == (5000, 1e-4, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +247,14 @@ def test_a_ladder_halves_or_is_refused(first_steps, iterations):
 
 def test_updates_and_rates_are_numbers_or_lists():
     config = DistillationConfig(
-        first_steps=4, iterations=2, updates_per_stage=[1, 2], learning_rate=[1e-4, 1e-3]
+        first_steps=4,
+        iterations=2,
+        updates_per_stage=[1, 2],
+        learning_rate=[1e-4, 1e-3],
+        time_exponent=[1.0, 3.0],
     )
-    assert [config.stage(n) for n in range(2)] == [(1, 1e-4), (2, 1e-3)]
-    assert DistillationConfig(updates_per_stage=9).stage(6) == (9, 1e-4)
+    assert [config.stage(n) for n in range(2)] == [(1, 1e-4, 1.0), (2, 1e-3, 3.0)]
+    assert DistillationConfig(updates_per_stage=9).stage(6) == (9, 1e-4, 1.0)
     with pytest.raises(ValueError, match="learning_rate lists 2 stages"):
         DistillationConfig(learning_rate=[1e-4, 1e-3])
 
@@ -323,6 +327,7 @@ PAPER_ALWAYS = {
     "training.gradient_clip": 1.0,
     "distillation.gradient_clip": 1.0,
     "distillation.loss_weight": "snr_trunc",
+    "distillation.time_exponent": 1.0,
     "data.horizontal_flip": True,
 }
 
@@ -339,5 +344,5 @@ def test_the_papers_configs_are_the_papers(name):
         assert getattr(getattr(config, section), field) == value, key
     ladder = config.distillation.ladder()
     assert ladder[-1] == 1
-    updates = [config.distillation.stage(n)[0] for n in range(len(ladder))]
+    updates = [config.distillation.stage(n).updates for n in range(len(ladder))]
     assert updates == [50_000] * (len(ladder) - 2) + [100_000] * 2

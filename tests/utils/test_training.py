@@ -150,6 +150,20 @@ def test_the_student_trains_at_every_step_and_at_t_1():
     assert sorted(seen) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("exponent", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 8])
+def test_a_students_steps_are_drawn_as_their_density_says(num_steps, exponent):
+    """P(i) = ((i + 1) / N)^p - (i / N)^p."""
+    objective = student_objective(None, None, COSINE, num_steps, "snr_trunc", exponent)
+    n = 4096
+    _, i = objective.draw(generator("cpu", 0), torch.Size([n, 1, 1, 1]))
+    edges = (torch.arange(num_steps + 1, dtype=torch.float64) / num_steps) ** exponent
+    expected = n * edges.diff()
+    counts = torch.bincount(i, minlength=num_steps)
+    assert len(counts) == num_steps
+    assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
+
+
 @pytest.mark.parametrize("stratified", [False, True])
 def test_base_times_are_continuous(stratified):
     seen = []
