@@ -8,7 +8,7 @@ import yaml
 
 import distill
 import train
-from benchmarks import ablation, cost, experiments, stages, throughput
+from benchmarks import ablation, cost, experiments, stages, steps, throughput
 from evaluation.gallery import RealImages, real_images
 from tests.toys import tiny
 from utils.build import build_network
@@ -144,3 +144,27 @@ def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, 
     (row,) = [line for line in table.splitlines() if line.startswith("| v |")]
     assert row.count(" / ") == 2, "DDIM / ancestral, of two seeds"
     assert row.count(";") == 1
+
+
+def test_the_error_of_each_step_is_told(small_base, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main(["--config_path", str(tmp_path / "tiny.yaml"), "--output", str(run)]) == 0
+    base = run / "diffusion-4.pt"
+    ladder = tmp_path / "ladder"
+    command = ["--teacher_model_checkpoint", str(base), "--output", str(ladder)]
+    assert distill.main([*command, "--set", "distillation.time_exponent=3.0"]) == 0
+    given = ["--checkpoint", str(ladder / "student-2.pt"), "--teacher"]
+    capsys.readouterr()
+    assert steps.main([*given, str(ladder / "student-4.pt"), "--count", "8"]) == 0
+    rows = [line.replace(" ", "")[1:-1].split("|") for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in rows[2:4]] == [["1", "1.000", "0.875"], ["0", "0.500", "0.125"]]
+    errors = [float(row[-1]) for row in rows[2:]]
+    assert min(errors) > 0
+    assert steps.main([*given, str(base), "--count", "8"]) == 0, "a base model has any number"
+    capsys.readouterr()
+    assert steps.main([*given, str(ladder / "student-2.pt")]) == 2
+    assert "not a student of" in capsys.readouterr().err
+    copied = tmp_path / "copied.pt"
+    teacher = load_checkpoint(ladder / "student-4.pt")
+    save_checkpoint(copied, replace(teacher, num_steps=8))
+    assert steps.main(["--checkpoint", given[1], "--teacher", str(copied)]) == 2
