@@ -21,6 +21,7 @@ from utils.command import GO_ON, INTERRUPTED, OK, InputError, Stopped, parse, ru
 from utils.files import write_text
 
 if TYPE_CHECKING:
+    from evaluation.gallery import Gallery
     from utils.checkpoint import Checkpoint
     from utils.config import Config
 
@@ -157,16 +158,27 @@ def planned_updates(seconds: int, folder: Path, per_update: Callable[[], float])
     return int(plan["updates"])
 
 
+def samples_in(folder: Path) -> "Gallery":
+    """The samples of one variant, drawn on the CPU; all variants start from the same noise."""
+    import torch
+
+    from evaluation.gallery import Gallery
+    from utils.distributed import World
+
+    return Gallery(folder / "images", World(torch.device("cpu")), seed=0, batch_size=125)
+
+
 def measure(path: Path, folder: Path, samplers: list[str], steps: int | None, count: int) -> None:
     """Draws and measures samples of a checkpoint; writes result.json, a row for each sampler.
 
     steps: of a base model; a student has its own.
     """
+    import torch
+
     from evaluation.comparison import Comparison
     from evaluation.features import make_extractor
-    from evaluation.gallery import Gallery, real_images
+    from evaluation.gallery import real_images
     from utils.checkpoint import load_checkpoint
-    from utils.distributed import World, choose_device
 
     known = folder / "result.json"
     if known.exists():
@@ -179,13 +191,11 @@ def measure(path: Path, folder: Path, samplers: list[str], steps: int | None, co
         return
     checkpoint = load_checkpoint(path)
     recipe = checkpoint.config.training if steps else checkpoint.config.distillation
-    world = World(choose_device("cpu"))
-    gallery = Gallery(folder / "images", world, seed=0, batch_size=125)
-    extract = make_extractor("digits", world.device)
+    extract = make_extractor("digits", torch.device("cpu"))
     comparison = Comparison(extract, real_images(checkpoint.config), with_training=False)
     rows = {}
     for sampler in samplers:
-        images = gallery.images(
+        images = samples_in(folder).images(
             checkpoint, path, sampler, steps or checkpoint.num_steps or 1, count
         )
         quality = comparison.foreign(sampler, images).quality

@@ -2,18 +2,23 @@
 
 One stage: from a student that makes 2N steps, distill.py trains one that makes N, by each variant
 of the recipe, for as many updates as fit into the same CPU time of one thread (timed on a few
-updates of its own). Measured are its loss on test images, whose noise and steps are the same for
-all, and its samples. Run the same command again to go on; --only runs some of them.
+updates of its own). Measured are its samples, also against its teacher's from the same noise, and
+its loss on test images, whose noise and steps are the same for all. Run the same command again to
+go on; --only runs some of them.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.experiments import cpu_seconds, make_parser, measure, planned_updates
+from benchmarks.experiments import cpu_seconds, make_parser, measure, planned_updates, samples_in
 from utils.command import GO_ON, INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
 from utils.files import write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMON = [
     "distillation.learning_rate=0.0005",
@@ -56,10 +61,13 @@ def compare(arguments: argparse.Namespace) -> None:
         folder = arguments.output / name
         path = distil_for(arguments.seconds, folder, arguments.checkpoint, VARIANTS[name])
         measure(path, folder, ["ddim"], None, arguments.count)
-        known = folder / "loss.json"
+        known = folder / "agreement.json"
         if not known.exists():
-            loss = held_out_loss(path, arguments.checkpoint)
-            write_text(known, json.dumps({"loss": loss}) + "\n")
+            found = {
+                "loss": held_out_loss(path, arguments.checkpoint),
+                "distance": sample_distance(path, folder, arguments),
+            }
+            write_text(known, json.dumps(found) + "\n")
     say(table(arguments))
 
 
@@ -120,25 +128,41 @@ def held_out_loss(student_path: Path, teacher_path: Path) -> float:
     return torch.cat(losses).mean().item()
 
 
+def sample_distance(student_path: Path, folder: Path, arguments: argparse.Namespace) -> float:
+    """The mean squared distance of its samples to its teacher's, from the same noise."""
+    from evaluation.comparison import squared_distance
+    from utils.checkpoint import load_checkpoint
+
+    def samples(path: Path, where: Path) -> "Tensor":
+        checkpoint = load_checkpoint(path)
+        steps = checkpoint.num_steps or 1
+        return samples_in(where).images(checkpoint, path, "ddim", steps, arguments.count)
+
+    teachers = samples(arguments.checkpoint, arguments.output / "teacher")
+    return squared_distance(samples(student_path, folder), teachers)
+
+
 def table(arguments: argparse.Namespace) -> str:
-    """What is known, the lowest loss first, as Markdown."""
+    """What is known, the nearest to its teacher first, as Markdown."""
     found = []
     for name in VARIANTS:
-        files = [arguments.output / name / file for file in ("result.json", "loss.json")]
-        if all(file.exists() for file in files):
-            result, loss = (json.loads(file.read_text()) for file in files)
-            found.append((loss["loss"], name, result))
+        files = ("result.json", "agreement.json")
+        files_there = [path for file in files if (path := arguments.output / name / file).exists()]
+        if len(files_there) == len(files):
+            result, to_teacher = (json.loads(path.read_text()) for path in files_there)
+            found.append((to_teacher["distance"], to_teacher["loss"], name, result))
     lines = [
-        "| variant | changes | updates | images seen | loss on test images | Frechet distance "
-        "| more than 90% sure |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| variant | changes | updates | images seen | distance to its teacher's samples "
+        "| loss on test images | Frechet distance | more than 90% sure |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for loss, name, result in sorted(found, key=lambda item: item[0]):
+    for distance, loss, name, result in sorted(found, key=lambda item: item[0]):
         row, seen = result["rows"]["ddim"], result["updates"] * result["batch_size"]
+        frechet = f"{row['frechet']:.2f} ± {row['interval']:.2f}"
         changes = ", ".join(change.partition(".")[2] for change in VARIANTS[name])
         lines.append(
-            f"| {name} | {changes} | {result['updates']:,} | {seen:,} | {loss:.6f} "
-            f"| {row['frechet']:.2f} ± {row['interval']:.2f} | {row['confident']:.3f} |"
+            f"| {name} | {changes} | {result['updates']:,} | {seen:,} | {distance:.5f} "
+            f"| {loss:.6f} | {frechet} | {row['confident']:.3f} |"
         )
     return "\n".join(lines)
 

@@ -109,6 +109,9 @@ def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
     assert stages.main(given) == 0
     table = capsys.readouterr().out
     assert "| b8 | batch_size=8 | " in table
+    told = json.loads((tmp_path / "out/b8/agreement.json").read_text())
+    assert f" | {told['distance']:.5f} | {told['loss']:.6f} | " in table
+    assert told["distance"] > 0
     plans = [json.loads((tmp_path / f"out/{n}/plan.json").read_text()) for n in ("rate5", "b8")]
     assert plans[0]["updates"] < plans[1]["updates"]
     teacher_path = tmp_path / "ladder" / "student-4.pt"
