@@ -35,8 +35,15 @@ VARIANTS = {
     "b64": ["distillation.batch_size=64"],
     "plus_one": ["distillation.loss_weight=snr_plus_one"],
     "constant": ["distillation.loss_weight=constant"],
-    "rate2_late": ["distillation.learning_rate=0.0002", "distillation.time_exponent=3"],
     "rate1_late": ["distillation.learning_rate=0.0001", "distillation.time_exponent=3"],
+    "rate2_late": ["distillation.learning_rate=0.0002", "distillation.time_exponent=3"],
+    "rate5_late": ["distillation.time_exponent=3"],
+    "rate2_later": ["distillation.learning_rate=0.0002", "distillation.time_exponent=6"],
+    "rate2_late_b64": [
+        "distillation.learning_rate=0.0002",
+        "distillation.time_exponent=3",
+        "distillation.batch_size=64",
+    ],
 }
 HELD_OUT = 2000  # test images
 
