@@ -9,9 +9,10 @@ that two processes can share the work.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.experiments import Diverged, make_parser, measure, train_for
+from benchmarks.experiments import Diverged, losses_of, make_parser, measure, train_for
 from utils.command import GO_ON, parse, run_command, say
 from utils.files import write_text
 
@@ -89,23 +90,41 @@ def result_of(
 
 
 def table(arguments: argparse.Namespace) -> str:
-    """Frechet distances, DDIM / ancestral; a second seed's after a semicolon."""
+    """Frechet distances with intervals, DDIM / ancestral; then the losses of the same cells.
+
+    A second seed's after a semicolon.
+    """
+    distances = rows_of(lambda output, weight: distances_of(arguments, output, weight))
+    losses = rows_of(lambda output, weight: course_of(arguments, output, weight))
+    return f"{distances}\n\nLoss around update 1,000 -> in the last tenth:\n\n{losses}"
+
+
+def rows_of(entry: Callable[[str, str], str]) -> str:
+    """A table with an entry for each output type and loss weight, as Markdown."""
     lines = [
         f"| network's output | {' | '.join(WEIGHTS)} |",
         f"|---|{'|'.join('---:' for _ in WEIGHTS)}|",
     ]
-    for output in OUTPUTS:
-        entries = []
-        for weight in WEIGHTS:
-            found = [result_of(arguments, output, weight, seed) for seed in (0, SECOND_SEED)]
-            texts = [
-                " / ".join(f"{row['frechet']:.2f}" for row in rows.values()) or "diverged"
-                for rows in found
-                if rows is not None
-            ]
-            entries.append("; ".join(texts))
-        lines.append(f"| {output} | {' | '.join(entries)} |")
+    lines += [f"| {o} | {' | '.join(entry(o, w) for w in WEIGHTS)} |" for o in OUTPUTS]
     return "\n".join(lines)
+
+
+def distances_of(arguments: argparse.Namespace, output: str, weight: str) -> str:
+    """A cell's distances in both samplers, of each seed that has run."""
+    found = [result_of(arguments, output, weight, seed) for seed in (0, SECOND_SEED)]
+    texts = [
+        " / ".join(f"{row['frechet']:.2f} ± {row['interval']:.2f}" for row in rows.values())
+        or "diverged"
+        for rows in found
+        if rows is not None
+    ]
+    return "; ".join(texts)
+
+
+def course_of(arguments: argparse.Namespace, output: str, weight: str) -> str:
+    """A cell's loss in its first seed, where it has run."""
+    known = result_of(arguments, output, weight, 0)
+    return " -> ".join(losses_of(folder_of(arguments, output, weight, 0))) if known else ""
 
 
 if __name__ == "__main__":

@@ -144,9 +144,11 @@ def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, 
     assert ablation.main(small_base) == 0
     table = capsys.readouterr().out
     assert "| x | diverged |" in table
-    (row,) = [line for line in table.splitlines() if line.startswith("| v |")]
+    row, course = [line for line in table.splitlines() if line.startswith("| v |")]
     assert row.count(" / ") == 2, "DDIM / ancestral, of two seeds"
     assert row.count(";") == 1
+    assert row.count(" ± ") == 4, "each with its interval"
+    assert course.count(" -> ") == 1
 
 
 def test_the_error_of_each_step_is_told(small_base, tmp_path, capsys):
