@@ -56,11 +56,25 @@ def _digits(device: torch.device) -> Callable[[Tensor], Features]:
     network = load_digit_network(device)
 
     def call(images: Tensor) -> Features:
-        grey = images.amax(1, keepdim=True)  # a digit of any colour is as bright as a white one
-        features, logits = network(encode(fit(grey, 32, 1).to(device)))
+        features, logits = network(encode(fit(brightness(images), 32, 1).to(device)))
         return Features(features.cpu(), logits.cpu())
 
     return call
+
+
+def brightness(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 1 h w"]:
+    """Digits of any colour on black, as bright as white ones.
+
+    Each pixel is projected onto the image's own colour, the mean of its pixels weighted by their
+    brightness, with its largest part full. (The largest channel of each pixel alone would take
+    the largest of three noises, and thicken the strokes of samples.)
+    """
+    pixels = images.float()
+    color = (pixels * pixels.amax(1, keepdim=True)).sum((2, 3), keepdim=True)
+    color = color / color.amax(1, keepdim=True).clamp(min=1)
+    length = (color * color).sum(1, keepdim=True).clamp(min=1)  # 1 or more, but of a black image
+    projected = (pixels * color).sum(1, keepdim=True) / length
+    return projected.round().clamp(max=255).to(torch.uint8)
 
 
 def _inception(device: torch.device) -> Callable[[Tensor], Features]:

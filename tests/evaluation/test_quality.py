@@ -12,7 +12,7 @@ from evaluation.digits import (
     moved,
     train,
 )
-from evaluation.features import Features, make_extractor
+from evaluation.features import Features, brightness, make_extractor
 from evaluation.quality import (
     class_shares,
     confident_share,
@@ -159,6 +159,25 @@ def test_the_digit_network_recognises_digits(test_digits):
     assert TRAINED_ON == 50_000
     assert not any(p.requires_grad for p in network.parameters())
     assert "accuracy" in about_weights()
+
+
+def test_the_brightness_of_a_digit_does_not_depend_on_its_colour(test_digits):
+    digits = test_digits[0][:200]
+    rng = torch.Generator().manual_seed(0)
+    colors = torch.rand(200, 3, 1, 1, generator=rng)
+    colors = colors / colors.amax(1, keepdim=True)
+    coloured = (digits * colors).round().to(torch.uint8)
+    difference = brightness(coloured).int() - digits.int()
+    assert difference.abs().max() <= 1, "but for the rounding"
+    assert torch.equal(brightness(digits), digits), "one channel"
+    assert torch.equal(brightness(digits.expand(-1, 3, -1, -1)), digits), "white"
+    black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert torch.equal(brightness(black), black[:, :1])
+    noise = 20 * torch.randn(coloured.shape, generator=rng)
+    noisy = (digits * colors + noise + 50).clamp(0, 255).to(torch.uint8)  # on grey: no clipping
+    shifted = (digits * colors + 50).clamp(0, 255).to(torch.uint8)
+    bias = brightness(noisy).float().mean() - brightness(shifted).float().mean()
+    assert abs(bias) < 2, "the largest channel of noise would add 17"
 
 
 def test_the_digit_network_learns_and_its_training_is_a_function_of_the_seed(test_digits):
