@@ -123,12 +123,15 @@ def colored_mnist(root: Path, split: str = "train") -> tuple[Tensor, Tensor, int
 
 def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor, Tensor, int]]:
     def read(root: Path) -> tuple[Tensor, Tensor, int]:
+        from filelock import FileLock
         from torchvision import datasets
 
         where = root / folder
         try:
-            data: Any = getattr(datasets, class_name)(str(where), train=True, download=True)
-        except (OSError, RuntimeError, ValueError) as error:
+            where.mkdir(parents=True, exist_ok=True)
+            with FileLock(where / ".lock"):  # one process downloads, the others find it there
+                data: Any = getattr(datasets, class_name)(str(where), train=True, download=True)
+        except Exception as error:  # of networks, archives, and files that are half there
             raise InputError(
                 f"data.name: {folder} is not in {where} and could not be downloaded "
                 f"({str(error)[:120]}); put torchvision's {class_name} files there, or take "
@@ -216,7 +219,7 @@ class StreamedDataset:
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_stops,
         )
         for batch in loader:
             if isinstance(batch, InputError):
@@ -244,8 +247,10 @@ def _collate(items: list[Any]) -> Any:
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that saves
+def _ignore_stops(worker: int) -> None:
+    # They are for the process that saves, which ends its workers, and reach all of its group.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- by name ------------------------------------------------------------------------------------

@@ -1,5 +1,11 @@
 import gzip
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
+import time
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -139,6 +145,17 @@ def test_sixteen_bits_a_pixel_are_brought_to_eight(tmp_path):
     assert "8 or 16 bits" in str(ImageFolder(tmp_path, 32, 1)[1])
 
 
+def test_workers_live_on_when_all_of_the_run_is_told_to_stop(folder):
+    """torchrun, timeout and batch systems signal the whole group; the main process then saves."""
+    dataset = open_here("image_folder", folder, 16, 3, workers=1)
+    batches = dataset.batches(torch.arange(4) % dataset.num_images for _ in range(20))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 19
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(folder, workers):
     (folder / "a" / "broken.png").write_bytes(b"\x89PNG no")
@@ -159,17 +176,42 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
     [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST"), ("cifar10", "CIFAR10")],
 )
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch, name, cls):
-    from urllib.error import URLError
-
     from torchvision import datasets
 
-    def unreachable(self, *args, **kwargs):
-        raise URLError("no route to host")
+    for error in (URLError("no route to host"), EOFError("half an archive")):
 
-    monkeypatch.setattr(getattr(datasets, cls), "download", unreachable)
-    with pytest.raises(InputError, match=f"{name} is not in .* and could not be downloaded") as e:
-        open_here(name, tmp_path)
-    assert "data.name: mnist" in str(e.value)
+        def fails(self, *args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(getattr(datasets, cls), "download", fails)
+        with pytest.raises(InputError, match=f"{name} is not in .* could not be downloaded") as e:
+            open_here(name, tmp_path)
+        assert "data.name: mnist" in str(e.value)
+
+
+def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    inside, most = [], []
+
+    class Slow:
+        data, targets, classes = np.zeros((3, 32, 32, 3), np.uint8), [0, 1, 2], list("abc")
+
+        def __init__(self, root, train, download):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.2)
+            inside.pop()
+
+    monkeypatch.setattr(datasets, "CIFAR10", Slow)
+    readers = [
+        threading.Thread(target=open_here, args=("cifar10", tmp_path, 32, 3)) for _ in range(3)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert most == [1, 1, 1]
 
 
 @pytest.mark.parametrize("shape", [(20, 28, 28), (20, 32, 32, 3)])
