@@ -43,7 +43,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from utils.checkpoint import load_checkpoint
     from utils.distributed import join_world
     from utils.runs import distillation_config
-    from utils.stages import Run, begin, train_student
+    from utils.stages import Run, begun, train_student
     from utils.training import own_rows
 
     base_path = arguments.teacher_model_checkpoint
@@ -67,15 +67,15 @@ def distill(arguments: argparse.Namespace) -> None:
     with join_world(arguments.device) as world:
         own_rows(recipe.batch_size, recipe.accumulate, world)  # or refused, before all else
         run = Run(config, name, output, world, build_dataset(config, world.device))
-        begin(run, "student-", arguments.restart)
-        report = LadderReport(run, base, base_path)
-        teacher = base
-        for position in range(len(recipe.ladder())):
-            teacher = train_student(run, teacher, position)
-            report.add(teacher)
-        report.finish()
-        if world.leads:
-            draw_loss_curve(output)
+        with begun(run, "student-", arguments.restart):
+            report = LadderReport(run, base, base_path)
+            teacher = base
+            for position in range(len(recipe.ladder())):
+                teacher = train_student(run, teacher, position)
+                report.add(teacher)
+            report.finish()
+            if world.leads:
+                draw_loss_curve(output)
     say(
         f"\ndistilled to {teacher.num_steps} steps: {output}/student-*.pt; the table in "
         f"{output}/ladder.md, comparison.png, ladder.png and loss.png beside it\n"

@@ -29,7 +29,7 @@ def train(arguments: argparse.Namespace) -> None:
     from utils.build import build_dataset
     from utils.config import load_config
     from utils.distributed import join_world
-    from utils.stages import Run, begin, train_base
+    from utils.stages import Run, begun, train_base
     from utils.training import own_rows
 
     config = load_config(arguments.config_path, arguments.set)
@@ -38,10 +38,10 @@ def train(arguments: argparse.Namespace) -> None:
     with join_world(arguments.device) as world:
         own_rows(config.training.batch_size, config.training.accumulate, world)  # or refused
         run = Run(config, name, output, world, build_dataset(config, world.device))
-        begin(run, "diffusion-", arguments.restart)
-        checkpoint = train_base(run)
-        if world.leads:
-            draw_loss_curve(output)
+        with begun(run, "diffusion-", arguments.restart):
+            checkpoint = train_base(run)
+            if world.leads:
+                draw_loss_curve(output)
     say(
         f"trained: {checkpoint}, its samples in {checkpoint.with_suffix('.png')}, "
         f"the loss in {output / 'loss.png'}\nnext: {next_command(arguments, checkpoint)}"

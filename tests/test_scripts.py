@@ -194,6 +194,35 @@ def test_restart_deletes_what_the_run_wrote_and_nothing_else(workshop, tmp_path,
     assert not {"diffusion-4.pt", "diffusion-4.png", ".diffusion-2.pt.123.tmp"} & names
 
 
+def test_a_folder_where_another_run_writes_is_left_alone(workshop, tmp_path, capsys):
+    hold = (
+        "import sys; from pathlib import Path; from utils.runs import kept_to_itself\n"
+        f"with kept_to_itself(Path({str(tmp_path)!r})) as alone:\n"
+        "    print(alone, flush=True); sys.stdin.read()"
+    )
+    given = ("--config_path", workshop["config"], "--output", tmp_path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert other.stdout.readline() == b"True\n"
+    (tmp_path / ".diffusion-2.pt.123.tmp").write_text("being written")
+    assert "another run is writing there" in refused(capsys, train, *given, "--restart")
+    assert (tmp_path / ".diffusion-2.pt.123.tmp").exists()
+    other.kill()
+    other.wait()
+    assert run(train, *given) == 0, "a kill leaves no lock behind"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_of_several_machines_is_not_restarted(workshop, tmp_path, capsys, monkeypatch):
+    """A machine that joins later starts the processes again, and --restart would delete the run."""
+    base = shutil.copytree(workshop["base"], tmp_path / "base")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    given = ("--config_path", workshop["config"], "--output", base, "--restart")
+    assert "--restart: not on several machines" in refused(capsys, train, *given)
+    assert (base / "diffusion-4.pt").exists()
+
+
 def test_a_ladder_never_lands_on_its_teacher(workshop, capsys):
     student = workshop["ladder"] / "student-2.pt"
     common = ("--teacher_model_checkpoint", student, "--output", workshop["ladder"])

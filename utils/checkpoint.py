@@ -159,7 +159,8 @@ def publish_checkpoint(path: Path, checkpoint: Checkpoint, half: bool) -> None:
 
     half: in float16, in which they are half as large. load_checkpoint reads both.
     """
-    model = {name: t.half() if half else t for name, t in checkpoint.weights.items()}
+    weights = {name: t.contiguous() for name, t in checkpoint.weights.items()}  # GPUs' are not
+    model = {name: t.half() if half else t for name, t in weights.items()}
     entries = {
         name: getattr(checkpoint, name)
         for name in checkpoint.__dataclass_fields__

@@ -92,13 +92,13 @@ def read_msgpack(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
         raise InputError(f"{path}: truncated, or no msgpack file ({str(error)[:60]})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a checkpoint of the paper")
     try:
         return _joined(content)  # type: ignore[no-any-return]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         raise InputError(f"{path}: holds an array in chunks that do not fit together") from None
 
 

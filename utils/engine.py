@@ -35,7 +35,9 @@ def accelerated(
     Only the network runs in reduced precision; a Denoiser brings its output back to that of z, so
     that schedule, decoding, target and loss are in float32.
     """
-    call: Callable[..., Tensor] = torch.compile(network) if engine.compile else network
+    call: Callable[..., Tensor] = network
+    if engine.compile:  # for each batch size anew: one graph for all would be slower in each
+        call = torch.compile(network, dynamic=False)
     if engine.precision == "fp32":
         return call
     dtype = AUTOCAST[engine.precision]

@@ -1,8 +1,11 @@
 """A run's folder: which checkpoint to go on from, whether it is the same run, how to begin anew."""
 
+import errno
+import fcntl
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.checkpoint import Checkpoint, load_checkpoint
@@ -75,6 +78,28 @@ def delete_run(folder: Path, prefix: str) -> None:
     for name in ("metrics.jsonl", "images.safetensors", "loss.png"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+@contextmanager
+def kept_to_itself(folder: Path) -> Iterator[bool]:
+    """Whether no other process has the folder to itself; if so, this one has it in the block.
+
+    The lock is the process's own (POSIX): no worker inherits it, and a kill frees it. Where the
+    file system knows no locks, there is no telling.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                yield False
+                return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:

@@ -152,7 +152,7 @@ class SampleRequest:
             guidance=self.guidance,
             on_step=on_step,
         )
-        return decode(x).cpu()
+        return decode(x).cpu().contiguous()
 
     def draw_all(self, count: int, bar: bool = False) -> Tensor:
         """The first images: each process draws its share of them, and all get all of them."""

@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from utils.distributed import World
 from utils.images import by_class, make_grid, save_png
 from utils.runs import (
     delete_run,
+    kept_to_itself,
     newest_whole,
     numbered,
     prune,
@@ -34,6 +36,7 @@ from utils.training import (
     base_objective,
     base_rate,
     decay_to_zero,
+    load_optimizer,
     make_optimizer,
     run_stage,
     student_objective,
@@ -104,16 +107,31 @@ class Run:
         )
 
 
-def begin(run: Run, prefix: str, restart: bool) -> None:
-    """Makes the run's folder ready: what a kill left half written goes; on restart, the old run.
+@contextmanager
+def begun(run: Run, prefix: str, restart: bool) -> Iterator[None]:
+    """The run's folder, ready and kept from other runs while the block runs.
 
-    Not where torchrun has started the processes again: what is there then is this run's own.
+    What a kill left half written goes; on restart, the old run: not where torchrun has started the
+    processes again, as what is there then is this run's own. Raises InputError for a restart on
+    several machines, whose number may change while they run, and where another run writes there.
     """
-    if run.world.leads:
-        sweep(run.output)
-        if restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            delete_run(run.output, prefix)
-    run.world.wait()
+    if restart and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise InputError(
+            f"--restart: not on several machines, which torchrun may start again; delete "
+            f"{run.output} yourself, or give another folder (--output)"
+        )
+    with kept_to_itself(run.output) if run.world.leads else nullcontext(True) as alone:
+        if run.world.any(not alone):
+            raise InputError(
+                f"{run.output}: another run is writing there; wait for its end, or give another "
+                "folder (--output)"
+            )
+        if run.world.leads:
+            sweep(run.output)
+            if restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                delete_run(run.output, prefix)
+        run.world.wait()
+        yield
 
 
 def train_base(run: Run) -> Path:
@@ -273,7 +291,7 @@ def _go_on(trainee: Trainee, path: Path, stored: Checkpoint) -> None:
     load_weights(trainee.network, stored.model, path)
     if trainee.ema is not None:
         load_weights(trainee.ema, stored.weights, path)
-    trainee.optimizer.load_state_dict(stored.optimizer or {})
+    load_optimizer(trainee.optimizer, stored.optimizer or {})
     if stored.scaler and trainee.scaler.is_enabled():
         trainee.scaler.load_state_dict(stored.scaler)
     trainee.update = stored.update

@@ -126,6 +126,19 @@ def make_optimizer(network: nn.Module, weight_decay: float = 0.0) -> torch.optim
     )
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Puts the optimiser where it was saved, its moments in the memory format of the parameters.
+
+    They may have been saved on another kind of device, with another format, and a fused Adam goes
+    through both as they lie in memory.
+    """
+    optimizer.load_state_dict(stored)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
 # --- learning rates: update -> rate -------------------------------------------------------------
 
 
@@ -256,7 +269,7 @@ def updates(
         trainee.scaler.unscale_(trainee.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         stop = torch.tensor(float(stop_requested()), device=world.device)
-        # The one time an update waits for the device.
+        # What an update tells comes from the device at once, not figure by figure.
         reduced = torch.stack([losses.sum() / plan.batch_size, stop, norm / world.size])
         loss_value, stops, norm_value = world.sum(reduced).tolist()
         finite = math.isfinite(norm_value)

@@ -7,7 +7,13 @@ import torch
 
 from tests.toys import tiny
 from utils.build import build_network, load_weights
-from utils.checkpoint import Checkpoint, digest, load_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    Checkpoint,
+    digest,
+    load_checkpoint,
+    publish_checkpoint,
+    save_checkpoint,
+)
 from utils.command import DamagedCheckpoint, InputError
 from utils.config import make_config
 from utils.files import atomic_write
@@ -40,6 +46,22 @@ def test_a_checkpoint_reads_as_it_was_written(tmp_path):
     assert digest(after.model) == digest(before.model)
     assert digest(after.weights) == digest(before.ema) != digest(before.model)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_weights_of_a_gpu_are_published(tmp_path):
+    """There they lie channels_last, which safetensors refuses."""
+    before = checkpoint(ema=None)
+    model = {
+        name: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
+        for name, t in before.model.items()
+    }
+    assert not all(t.is_contiguous() for t in model.values())
+    for half in (False, True):
+        publish_checkpoint(tmp_path / "a.safetensors", checkpoint(model=model, ema=None), half)
+        after = load_checkpoint(tmp_path / "a.safetensors")
+        assert after.model.keys() == before.model.keys()
+        for name, value in after.model.items():
+            torch.testing.assert_close(value, model[name], rtol=1e-3, atol=1e-6)
 
 
 def test_weights_are_the_average_where_there_is_one():

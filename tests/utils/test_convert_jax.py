@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from math import inf
 
 import msgpack
 import numpy as np
@@ -213,6 +214,20 @@ class Hostile:
         (
             msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((-1, -1), "uint8", b"x")))}),
             "not that of its 1 bytes",
+        ),
+        (
+            msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((inf,), "uint8", b"x")))}),
+            "truncated, or no msgpack file",
+        ),
+        (
+            msgpack.packb(
+                {
+                    "__msgpack_chunked_array__": True,
+                    "shape": {"0": inf},
+                    "chunks": {"0": array([1.0], dtype="float64")},
+                }
+            ),
+            "in chunks that do not fit",
         ),
         (msgpack.packb({"__msgpack_chunked_array__": True}), "in chunks that do not fit"),
         (b"\x81" * 5000, "truncated, or no msgpack file"),

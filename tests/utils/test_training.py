@@ -28,6 +28,7 @@ from utils.training import (
     base_objective,
     base_rate,
     decay_to_zero,
+    load_optimizer,
     make_optimizer,
     own_rows,
     student_objective,
@@ -91,6 +92,31 @@ def test_ema_forgets_the_initialisation_in_short_runs():
 
 
 # --- learning rates -------------------------------------------------------------------------
+
+
+def test_moments_saved_on_another_kind_of_device_fit_the_parameters():
+    """GPUs' networks are channels_last, CPUs' are not; fused Adam reads memory as it lies."""
+    one, two = torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(4, 6, 3)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def step(network, optimizer):
+        optimizer.param_groups[0]["lr"] = 0.01
+        optimizer.zero_grad()
+        network(x).square().sum().backward()
+        optimizer.step()
+
+    first, second = make_optimizer(one), make_optimizer(two)
+    step(one, first)
+    two.load_state_dict(one.state_dict())
+    stored = copy.deepcopy(first.state_dict())
+    moments = stored["state"][0]
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments[name] = moments[name].to(memory_format=torch.channels_last)
+    load_optimizer(second, stored)
+    assert second.state[two.weight]["exp_avg"].stride() == two.weight.stride()
+    step(one, first)
+    step(two, second)
+    assert torch.equal(one.weight, two.weight)
 
 
 def test_learning_rates():
