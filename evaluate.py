@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--images", type=Path, nargs="+", default=[], metavar="X", help="folders or .npz files")
     add("--steps", type=int, nargs="+", metavar="N", help="of base models; a student has its own")
     add("--sampler", nargs="+", default=["ddim"], metavar="NAME", help="of base models (ddim)")
-    add("--count", type=int, default=5000, metavar="N", help="images of each (5000)")
+    add("--count", type=int, default=5000, metavar="N", help="images of each (5000), drawn by 125")
     add("--max_calls", type=int, metavar="M", help="fewer images where steps x images is more")
     add("--config_path", type=Path, metavar="FILE.yaml", help="what --images are compared with")
     add("--features", help="digits (of MNIST) or inception; by default what fits the data")
@@ -44,6 +44,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         measure_all,
         plan_jobs,
         require_different_names,
+        require_same_data,
     )
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
@@ -68,6 +69,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.data_root is not None:
         data = data.model_copy(update={"root": arguments.data_root})
         config = config.model_copy(update={"data": data})
+    require_same_data(checkpoints, data)
     jobs = plan_jobs(
         checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
     )

@@ -144,17 +144,24 @@ def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> P
     return last
 
 
-def planned_updates(seconds: int, folder: Path, per_update: Callable[[], float]) -> int:
-    """How many updates fit into the time; timed once, and kept in plan.json."""
+def planned_updates(
+    seconds: int, folder: Path, per_update: Callable[[], float], start: str = ""
+) -> int:
+    """How many updates fit into the time; timed once, and kept in plan.json.
+
+    start: what training begins with. Raises InputError where the plan is of another time or start.
+    """
     path = folder / "plan.json"
     if not path.exists():
         one = per_update()
         updates = max(1, int(seconds / one))
-        plan = {"seconds": seconds, "per_update": one, "updates": updates}
+        plan = {"seconds": seconds, "per_update": one, "updates": updates, "start": start}
         write_text(path, json.dumps(plan) + "\n")
     plan = json.loads(path.read_text())
     if plan.get("seconds", seconds) != seconds:
         raise InputError(f"{path}: planned for {plan['seconds']} s; give another --output")
+    if plan.get("start", "") != start:
+        raise InputError(f"{path}: planned for another checkpoint; give another --output")
     return int(plan["updates"])
 
 

@@ -81,7 +81,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def distil_for(seconds: int, folder: Path, teacher_path: Path, changes: list[str]) -> Path:
     """Distils one stage in so much CPU time of one thread; returns the student's checkpoint."""
     import distill
-    from utils.checkpoint import load_checkpoint
+    from utils.checkpoint import digest, load_checkpoint
     from utils.runs import distillation_config
 
     teacher = load_checkpoint(teacher_path)
@@ -91,7 +91,8 @@ def distil_for(seconds: int, folder: Path, teacher_path: Path, changes: list[str
     stage = [f"distillation.first_steps={steps}", "distillation.iterations=1"]
     overrides = [*stage, "distillation.updates_per_stage=1", *COMMON, *changes]
     config = distillation_config(teacher, teacher_path, None, overrides)
-    updates = planned_updates(seconds, folder, lambda: cpu_seconds(config, teacher))
+    start = digest(teacher.weights)
+    updates = planned_updates(seconds, folder, lambda: cpu_seconds(config, teacher), start)
     student = folder / f"student-{steps}.pt"
     if not student.exists():
         more = [

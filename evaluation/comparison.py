@@ -27,6 +27,7 @@ from evaluation.quality import (
 from evaluation.results import FLOOR, Key, Results, Row, read_results, write_results
 from utils.checkpoint import Checkpoint, digest
 from utils.command import InputError, say
+from utils.config import DataConfig
 from utils.images import encode, make_grid, save_png
 
 Images = UInt8[Tensor, "n c h w"]
@@ -64,7 +65,7 @@ def plan_jobs(
     """A base model by each sampler at each step count, a student by DDIM at its own.
 
     count: of the images; less where steps x images would be more than max_calls. Raises InputError
-    where too few are left to measure, and for networks that make images of different shapes.
+    where too few are left to measure.
     """
     for sampler in samplers:
         try:
@@ -87,12 +88,22 @@ def plan_jobs(
                     f"to measure takes at least {2 * NOISE_SETS}"
                 )
             jobs.append(Job(checkpoint, path, sampler, n, size))
-    sizes = {(c.config.data.image_size, c.config.data.channels) for c in checkpoints.values()}
-    if len(sizes) > 1:
-        raise InputError(
-            "--checkpoint: their images differ in size or channels; measure each alone"
-        )
     return jobs
+
+
+def require_same_data(checkpoints: Mapping[Path, Checkpoint], data: DataConfig) -> None:
+    """Raises InputError for a model of other images than those that it would be compared with."""
+
+    def of(data: DataConfig) -> str:
+        return f"{data.name}, {data.image_size}x{data.image_size}, {data.channels} channels"
+
+    for path, checkpoint in checkpoints.items():
+        own = checkpoint.config.data
+        if of(own) != of(data):
+            raise InputError(
+                f"{path}: makes images of {of(own)}, to be compared with {of(data)}; measure it "
+                "alone, without --config_path"
+            )
 
 
 def require_different_names(checkpoints: Mapping[Path, Checkpoint], images: Sequence[Path]) -> None:
@@ -131,7 +142,9 @@ class Partners(NamedTuple):
 
     def tell_more_than(self, row: Row) -> bool:
         """Whether an earlier call, which measured the row, knew less."""
-        new_teacher = self.teacher is not None and row.to_teacher is None
+        has_classes = row.quality.classes is not None
+        untold = row.to_teacher is None or (has_classes and row.teachers_class is None)
+        new_teacher = self.teacher is not None and untold
         return new_teacher or (self.base is not None and self.base.steps > (row.base_steps or 0))
 
 
@@ -160,6 +173,7 @@ class Comparison:
         about: dict[str, object] = {
             "count": len(self.real.reference),
             "digest": digest(self.real.reference),
+            "features": self.extract.identity,
         }
         if logits is not None:
             about |= {"confident": confident_share(logits), "classes": class_shares(logits)}
@@ -194,29 +208,33 @@ class Comparison:
         images = _images_of(job, gallery)
         features = self.extract(images)
         pixels, nearness = self.memorised(images, features)
-        teacher, base = partners
-        to_base = same_class = base_steps = None
-        if base is not None:
-            theirs = _images_of(base, gallery)
-            to_base, base_steps = squared_distance(images, theirs), base.steps
+
+        def against(other: Job | None) -> tuple[float | None, float | None]:
+            """The squared distance to another's images, the share of one class with them."""
+            if other is None:
+                return None, None
+            theirs = _images_of(other, gallery)
             logits = self.extract(theirs).logits
-            if logits is not None and features.logits is not None:
-                same_class = agreement(features.logits, logits)
+            if logits is None or features.logits is None:
+                return squared_distance(images, theirs), None
+            return squared_distance(images, theirs), agreement(features.logits, logits)
+
+        to_teacher, teachers_class = against(partners.teacher)
+        to_base, same_class = against(partners.base)
         return Row(
             name=job.path.stem,
             kind=job.checkpoint.kind,
             sampler=job.sampler,
             steps=job.steps,
             quality=measure(features, self.reference),
-            to_teacher=None
-            if teacher is None
-            else squared_distance(images, _images_of(teacher, gallery)),
+            to_teacher=to_teacher,
+            teachers_class=teachers_class,
             to_base=to_base,
             same_class=same_class,
             asked_class=asked_share(features.logits, job.checkpoint.config.model.num_classes),
             memorised_pixels=pixels,
             memorised_features=nearness,
-            base_steps=base_steps,
+            base_steps=None if partners.base is None else partners.base.steps,
             run=job.checkpoint.name,
             update=job.checkpoint.update,
             source=gallery.key(job.checkpoint, job.sampler, job.steps),
@@ -312,6 +330,8 @@ def known_results(output: Path, extract: Extractor, real: RealImages) -> Results
     other = None
     if before.features != extract.name:
         other = f"by the features {before.features}"
+    elif before.reference.get("features") != extract.identity:
+        other = f"by other weights of the features {extract.name}, or another use of them"
     elif before.reference.get("digest") != digest(real.reference):
         other = "against other real images"
     if other is not None:
@@ -356,15 +376,18 @@ def measure_all(
             add(with_relations_of(row, comparison.drawn(job, partners, gallery)))
         elif row is None:
             add(comparison.drawn(job, partners, gallery))
-            named = f"{job.key.run}-{job.key.name}-{job.sampler.replace(':', '-')}-{job.steps}"
-            comparison.draw_nearest(output / f"nearest-{named}.png", _images_of(job, gallery))
+        named = f"{job.key.run}-{job.key.name}-{job.sampler.replace(':', '-')}-{job.steps}"
+        picture = output / f"nearest-{named}.png"
+        if row is None or not picture.exists():
+            comparison.draw_nearest(picture, _images_of(job, gallery))
+    write_results(output, results)  # where a stop came after the last row too
     return results
 
 
 def with_relations_of(before: Row, row: Row) -> Row:
     """The row, with what an earlier call knew of partners that are not here now."""
     if row.to_teacher is None:
-        row = replace(row, to_teacher=before.to_teacher)
+        row = replace(row, to_teacher=before.to_teacher, teachers_class=before.teachers_class)
     if (row.base_steps or 0) < (before.base_steps or 0):
         row = replace(
             row,

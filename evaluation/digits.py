@@ -1,7 +1,8 @@
 """A small classifier of MNIST digits, whose features measure samples: python -m evaluation.digits.
 
-The weights beside this file are what that command wrote: trained on the first 50,000 images of
-MNIST's training set, so that the other 10,000 are, to it, as new as the test set is.
+Writes output/digits.safetensors. The weights beside this file are what that command wrote: trained
+on the first 50,000 images of MNIST's training set, so that the other 10,000 are, to it, as new as
+the test set is.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     """Trains the classifier and writes its weights. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of mnist/")
-    parser.add_argument("--output", type=Path, default=WEIGHTS, metavar="FILE.safetensors")
+    output = Path("output") / WEIGHTS.name
+    parser.add_argument("--output", type=Path, default=output, metavar="FILE.safetensors")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     arguments = parse(parser, argv)
     if isinstance(arguments, int):

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from evaluation.digits import load_digit_network
+from utils.checkpoint import digest
 from utils.command import InputError
 from utils.data import fit
 from utils.images import encode
@@ -33,10 +34,12 @@ class Features(NamedTuple):
 class Extractor:
     """A frozen network: uint8 images (B, C, H, W) -> Features, on the CPU in float32.
 
-    name: one of EXTRACTORS.
+    name: one of EXTRACTORS. identity: a digest of its weights and of how they are used; distances
+    by features of another identity cannot be compared.
     """
 
     name: str
+    identity: str
     call: Callable[[Tensor], Features]
 
     @torch.no_grad()
@@ -52,14 +55,18 @@ class Extractor:
         return Features(values, torch.cat(logits) if logits else None)
 
 
-def _digits(device: torch.device) -> Callable[[Tensor], Features]:
+Made = tuple[str, Callable[[Tensor], Features]]  # an identity, a network
+
+
+def _digits(device: torch.device) -> Made:
     network = load_digit_network(device)
+    identity = digest(["brightness along the image's own colour", network.state_dict()])
 
     def call(images: Tensor) -> Features:
         features, logits = network(encode(fit(brightness(images), 32, 1).to(device)))
         return Features(features.cpu(), logits.cpu())
 
-    return call
+    return identity, call
 
 
 def brightness(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 1 h w"]:
@@ -77,7 +84,7 @@ def brightness(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 1 h w"]:
     return projected.round().clamp(max=255).to(torch.uint8)
 
 
-def _inception(device: torch.device) -> Callable[[Tensor], Features]:
+def _inception(device: torch.device) -> Made:
     """Inception-v3 of the original Frechet distances, 2048 features (torch-fidelity)."""
     from torch_fidelity.feature_extractor_inceptionv3 import (
         URL_INCEPTION_V3,
@@ -102,7 +109,7 @@ def _inception(device: torch.device) -> Callable[[Tensor], Features]:
         (features,) = network(images.expand(-1, 3, -1, -1).to(device))
         return Features(features.float().cpu(), None)
 
-    return call
+    return digest(["2048 features", network.state_dict()]), call
 
 
 EXTRACTORS = {"digits": _digits, "inception": _inception}
@@ -112,4 +119,4 @@ def make_extractor(name: str, device: torch.device) -> Extractor:
     """The extractor of that name. Raises InputError for an unknown one or missing weights."""
     if name not in EXTRACTORS:
         raise InputError(f"--features {name}: not one of {', '.join(EXTRACTORS)}")
-    return Extractor(name, EXTRACTORS[name](device))
+    return Extractor(name, *EXTRACTORS[name](device))

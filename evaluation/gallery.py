@@ -98,6 +98,7 @@ def _read(path: Path) -> Tensor | None:
 def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n c h w"]:
     """Images from elsewhere: a folder of them, or arr_0 of an .npz, uint8 (N, H, W, C).
 
+    In no order, as those of a folder may be sorted by class, and parts stand for all of them.
     Raises InputError that names the file and what is wrong.
     """
     if path.suffix != ".npz":
@@ -106,7 +107,7 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
         error = next((item for item in found if isinstance(item, InputError)), None)
         if error is not None:
             raise error
-        return torch.stack([item[0] for item in found if not isinstance(item, InputError)])
+        return _shuffled([item[0] for item in found if not isinstance(item, InputError)])
     try:
         with np.load(path, allow_pickle=False) as file:
             array = file["arr_0"]
@@ -121,7 +122,12 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
             f"{path}: arr_0 is {array.shape}; to compare takes (N, {image_size}, {image_size}, "
             f"{channels}), as the real images are"
         )
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+    return _shuffled(list(torch.from_numpy(array).permute(0, 3, 1, 2)))
+
+
+def _shuffled(images: list[Tensor]) -> Tensor:
+    order = torch.randperm(len(images), generator=generator("cpu", "elsewhere"))
+    return torch.stack([images[n] for n in order.tolist()])
 
 
 @dataclass(frozen=True)

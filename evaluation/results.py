@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,15 +33,15 @@ class Row:
 
     name: of the checkpoint, or where the images come from. kind: base, student, images, floor.
     to_teacher, to_base: mean squared distance in the model's range, from the same noise, to the
-    images of a student's own teacher and of the base model at its most steps; same_class: the
-    share of digits whose class agrees with the base model's; asked_class: with the class that a
-    conditional model was asked for. memorised: the shares of samples that are nearer to a training
-    image than all but 1% of real ones, in pixels and in features: samples follow the training
-    images, the digits' classifier has seen most of them, and the real ones are test images, so a
-    few more are no proof. base_steps: of the base model's images in to_base and same_class.
-    run: that the checkpoint is of, which students and their base model share unless they were
-    distilled by a YAML of another name; update: how far it was trained. source: a digest of what
-    the images are a function of.
+    images of a student's own teacher and of the base model at its most steps; teachers_class,
+    same_class: the shares of digits whose class agrees with theirs; asked_class: with the class
+    that a conditional model was asked for. memorised: the shares of samples that are nearer to a
+    training image than all but 1% of real ones, in pixels and in features: samples follow the
+    training images, the digits' classifier has seen most of them, and the real ones are test
+    images, so a few more are no proof. base_steps: of the base model's images in to_base and
+    same_class. run: that the checkpoint is of, which students and their base model share unless
+    they were distilled by a YAML of another name; update: how far it was trained. source: a digest
+    of what the images are a function of.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Row:
     steps: int | None
     quality: Quality
     to_teacher: float | None = None
+    teachers_class: float | None = None
     to_base: float | None = None
     same_class: float | None = None
     asked_class: float | None = None
@@ -82,9 +83,14 @@ class Results:
     reference: Mapping[str, Any]
     rows: Sequence[Row]
 
-    def with_rows(self, rows: Iterable[Row]) -> "Results":
-        """With these rows in the place of those of the same key."""
-        merged = {row.key: row for row in [*self.rows, *rows]}
+    def with_rows(self, rows: Sequence[Row]) -> "Results":
+        """With these rows in the place of those of the same key.
+
+        Rows of the same name but of other weights or noise go: a table is of one model each.
+        """
+        new = {row.key[:-1]: row.source for row in rows}
+        old = [row for row in self.rows if new.get(row.key[:-1], row.source) == row.source]
+        merged = {row.key: row for row in [*old, *rows]}
         order = {"floor": 0, "images": 1, "base": 2, "student": 3}
         ordered = sorted(
             merged.values(),
@@ -131,10 +137,11 @@ COLUMNS = {
         f"{min(r.quality.classes):.3f}, {max(r.quality.classes):.3f}" if r.quality.classes else ""
     ),
     "to its teacher": lambda r: _optional(r.to_teacher, ".4f"),
+    "its teacher's class": lambda r: _optional(r.teachers_class, ".3f"),
     "to the base (at steps)": lambda r: (
         "" if r.to_base is None else f"{r.to_base:.4f} ({r.base_steps})"
     ),
-    "same class": lambda r: _optional(r.same_class, ".3f"),
+    "the base's class": lambda r: _optional(r.same_class, ".3f"),
     "asked class": lambda r: _optional(r.asked_class, ".3f"),
     "memorised": lambda r: " ".join(
         f"{share:.3f}" for share in (r.memorised_pixels, r.memorised_features) if share is not None

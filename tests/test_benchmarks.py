@@ -121,6 +121,10 @@ def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
     assert trained < stages.held_out_loss(copied, teacher_path), "its teacher's own weights"
     monkeypatch.setattr(distill, "main", lambda command: 1 / 0)
     assert stages.main(given) == 0, "nothing is distilled twice"
+    given[-1] = str(copied)  # of other weights than those that the folder's students come from
+    save_checkpoint(copied, replace(load_checkpoint(tmp_path / "out/b8/student-2.pt"), num_steps=4))
+    assert stages.main(given) == 2
+    assert "plan.json: planned for another checkpoint" in capsys.readouterr().err
     given[-1] = str(run / "diffusion-4.pt")
     assert stages.main(given) == 2
     assert "not a student of an even number of steps" in capsys.readouterr().err

@@ -99,6 +99,8 @@ def test_a_student_is_compared_with_its_teacher_from_the_same_noise(workshop):
     assert 0 <= student["same_class"] <= 1
     first = rows["tiny-4-steps", "ddim", 4]
     assert first["to_teacher"] == pytest.approx(first["to_base"]), "the base at 8 steps is both"
+    assert first["teachers_class"] == first["same_class"]
+    assert 0 <= student["teachers_class"] <= 1
     assert rows["tiny-teacher", "ddim", 2]["to_teacher"] is None
 
 
@@ -173,6 +175,61 @@ def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, cap
     assert chunk.read_bytes() == whole, "an image is a function of seed and index"
 
 
+def test_tables_and_pictures_that_a_stop_left_out_are_made(workshop, tmp_path):
+    folder = shutil.copytree(workshop["measured"], tmp_path / "again")
+    names = {path.name for path in folder.iterdir()}
+    assert len(names) > 5
+    for path in folder.iterdir():
+        if path.name not in ("results.json", "images"):
+            path.unlink()
+    assert run(evaluate, *workshop["command"][:-1], folder) == 0
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_rows_of_other_weights_go():
+    def row(source, count, steps=8):
+        quality = Quality(count, 1.0, 0.1, 0.0, 0.0, 0.0)
+        return Row("s", "student", "ddim", steps, quality, run="r", source=source)
+
+    before = Results("digits", {}, [row("old", 100), row("old", 200), row("old", 100, steps=4)])
+    after = before.with_rows([row("new", 300)])
+    assert {(r.source, r.quality.count, r.steps) for r in after.rows} == {
+        ("new", 300, 8),
+        ("old", 100, 4),
+    }
+    more = after.with_rows([row("new", 400)])
+    assert len(more.rows) == 3, "of the same weights"
+
+
+def test_features_of_other_weights_are_refused_before_drawing(workshop, tmp_path, capsys):
+    folder = shutil.copytree(workshop["measured"], tmp_path / "again")
+    results = json.loads((folder / "results.json").read_text())
+    results["reference"]["features"] = "of other weights"
+    (folder / "results.json").write_text(json.dumps(results))
+    capsys.readouterr()
+    assert run(evaluate, *workshop["command"][:-1], folder) == 2
+    assert "measured by other weights of the features digits" in capsys.readouterr().err
+
+
+def test_models_of_other_data_are_refused(workshop, tmp_path, capsys):
+    digits = workshop["published"][2]
+    student = load_checkpoint(digits)
+    fashion = student.config.data.model_copy(update={"name": "fashion_mnist"})
+    other = tmp_path / "fashion.safetensors"
+    config = student.config.model_copy(update={"data": fashion})
+    publish_checkpoint(other, replace(student, config=config), half=False)
+    colours = tmp_path / "colours.yaml"
+    colours.write_text(yaml.safe_dump(tiny(data={"name": "colored_mnist", "channels": 3})))
+    for given, said in (
+        ((digits, other), "fashion.safetensors: makes images of fashion_mnist, 32x32, 1 channels"),
+        ((digits, "--config_path", colours), "compared with colored_mnist, 32x32, 3 channels"),
+    ):
+        capsys.readouterr()
+        assert run(evaluate, "--checkpoint", *given, "--output", tmp_path / "out") == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_rows_of_an_earlier_call_stay(workshop, tmp_path):
     folder = shutil.copytree(workshop["measured"], tmp_path / "more")
     before = len(rows_of(folder))
@@ -199,8 +256,10 @@ def test_a_partner_that_comes_later_is_told_of(workshop, tmp_path):
     (row,) = [row for row in rows_of(tmp_path) if row["name"] == "tiny-2-steps"]
     assert row["to_teacher"] > 0
     assert row["to_base"] == found[0]["to_base"]
-    same = {k: v for k, v in row.items() if k != "to_teacher"}
-    assert same == {k: v for k, v in found[0].items() if k != "to_teacher"}
+    assert 0 <= row["teachers_class"] <= 1
+    of_teacher = ("to_teacher", "teachers_class")
+    same = {k: v for k, v in row.items() if k not in of_teacher}
+    assert same == {k: v for k, v in found[0].items() if k not in of_teacher}
 
 
 def test_other_real_images_are_refused_before_drawing(workshop, tmp_path, monkeypatch, capsys):
@@ -237,6 +296,20 @@ def test_images_from_elsewhere(workshop, tmp_path, capsys):
     for key in ("count", "frechet", "kernel", "precision", "confident", "classes"):
         assert rows["made"]["quality"][key] == pytest.approx(rows["pngs"]["quality"][key], rel=1e-4)
     assert rows["made"]["quality"]["frechet"] > 3 * rows["real images"]["quality"]["frechet"]
+
+
+def test_sorted_images_from_elsewhere_are_measured_as_any(workshop, tmp_path):
+    """As a folder with one of each class below it has them: its parts must stand for all."""
+    images, labels = read_mnist(Path(__file__).parents[1] / "data" / "mnist", "t10k")
+    images = np.pad(images[:1000].numpy(), ((0, 0), (2, 2), (2, 2)))[..., None]
+    np.savez(tmp_path / "mixed.npz", images)
+    np.savez(tmp_path / "sorted.npz", images[labels[:1000].argsort().numpy()])
+    given = ("--images", tmp_path / "mixed.npz", tmp_path / "sorted.npz")
+    out = ("--config_path", workshop["config"], "--output", tmp_path / "out")
+    assert run(evaluate, *given, *out) == 0
+    found = {row["name"]: row["quality"] for row in rows_of(tmp_path / "out")}
+    assert found["sorted"]["frechet"] == pytest.approx(found["mixed"]["frechet"], rel=1e-4)
+    assert found["sorted"]["frechet_interval"] < 3 * found["mixed"]["frechet_interval"]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def test_no_model_is_better_than_real_images_and_one_undistilled_step_is_the_wor
         assert (worst.kind, worst.steps) == ("base", 1)
 
 
+def test_the_teacher_draws_clear_digits_of_all_classes_as_often_as_they_are(results):
+    teacher, real = finest_base(results).quality, results.reference
+    assert teacher.confident >= 0.85 * real["confident"]
+    shares = [ours / theirs for ours, theirs in zip(teacher.classes, real["classes"], strict=True)]
+    assert len(shares) == 10
+    assert 2 / 3 <= min(shares) <= max(shares) <= 4 / 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, 1])
 def test_a_student_measured_anew_is_as_good_as_the_results_say(results, steps, tmp_path):
