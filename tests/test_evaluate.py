@@ -17,15 +17,19 @@ import evaluate
 import sample
 import train
 from evaluation.comparison import Comparison, Partners, asked_share, plan_jobs
-from evaluation.gallery import CHUNK, RealImages, real_images
+from evaluation.gallery import CHUNK, Gallery, RealImages, real_images
 from evaluation.quality import Quality
 from evaluation.results import Results, Row, summary
 from tests.toys import tiny
 from utils import publish
-from utils.checkpoint import digest, load_checkpoint, publish_checkpoint
+from utils.build import build_denoiser, build_network
+from utils.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from utils.config import make_config
 from utils.data import read_mnist
+from utils.distributed import World
 from utils.sampling import SampleRequest
+
+CPU = torch.device("cpu")
 
 
 def run(script, *arguments):
@@ -228,6 +232,23 @@ def test_models_of_other_data_are_refused(workshop, tmp_path, capsys):
         assert run(evaluate, "--checkpoint", *given, "--output", tmp_path / "out") == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_images_of_a_gpus_network_are_kept(tmp_path, monkeypatch):
+    """It is channels_last, and so may its images be, which safetensors refuses."""
+    colour = {"name": "colored_mnist", "channels": 3}
+    pixels = {"patch_size": 1, "attention_resolutions": []}
+    config = make_config(tiny(data=colour, model=pixels, diffusion={"prediction": "x"}), "tiny")
+    network = build_network(config, CPU).eval()
+    torch.nn.init.normal_(network.conv_out.weight)
+    made = Checkpoint("base", "t", config, 1, 0, None, network.state_dict())
+    network.to(memory_format=torch.channels_last)
+    denoiser = build_denoiser(config, network, CPU)
+    monkeypatch.setattr("evaluation.gallery.load_denoiser", lambda *a: denoiser)
+    gallery = Gallery(tmp_path, World(CPU), seed=0, batch_size=125)
+    drawn = gallery.images(made, Path("a.pt"), "ddim", 1, 10)
+    assert torch.equal(gallery.images(made, Path("a.pt"), "ddim", 1, 10), drawn)
+    assert drawn.float().std() > 1
 
 
 def test_rows_of_an_earlier_call_stay(workshop, tmp_path):
