@@ -216,6 +216,10 @@ class DistillationConfig(Recipe):
 
         return Stage(own(self.updates_per_stage), own(self.learning_rate), own(self.time_exponent))
 
+    def updates_after(self, position: int) -> int:
+        """Of all stages that follow this one."""
+        return sum(self.stage(n).updates for n in range(position + 1, self.iterations))
+
 
 class SamplingConfig(Section):
     """How the pictures beside the checkpoints are drawn. steps: of a base model."""

@@ -151,20 +151,6 @@ def train_base(run: Run) -> Path:
         _go_on(trainee, *newest)
     sampled = build_denoiser(config, ema, run.world.device)
 
-    def snapshot() -> Checkpoint:
-        return Checkpoint(
-            kind="base",
-            name=run.name,
-            config=config,
-            update=trainee.update,
-            stage=0,
-            num_steps=None,
-            model=network.state_dict(),
-            ema=ema.state_dict(),
-            optimizer=trainee.optimizer.state_dict(),
-            scaler=trainee.scaler.state_dict(),
-        )
-
     def path_now() -> Path:
         return run.output / f"diffusion-{trainee.update}.pt"
 
@@ -172,11 +158,11 @@ def train_base(run: Run) -> Path:
     prune_old = partial(prune, run.output, "diffusion-", *kept)
 
     def save() -> None:
-        save_checkpoint(path_now(), snapshot())
+        save_checkpoint(path_now(), _base_checkpoint(run, trainee))
         prune_old()
 
     def draw() -> Tensor:
-        request = SampleRequest.of(snapshot(), sampled, run.world)
+        request = SampleRequest.of(_base_checkpoint(run, trainee), sampled, run.world)
         images = request.draw_all(config.sampling.grid)
         if run.world.leads:
             grid = make_grid(*by_class(images, request.classes))
@@ -198,6 +184,21 @@ def train_base(run: Run) -> Path:
     return path_now()
 
 
+def _base_checkpoint(run: Run, trainee: Trainee) -> Checkpoint:
+    return Checkpoint(
+        kind="base",
+        name=run.name,
+        config=run.config,
+        update=trainee.update,
+        stage=0,
+        num_steps=None,
+        model=trainee.network.state_dict(),
+        ema=None if trainee.ema is None else trainee.ema.state_dict(),
+        optimizer=trainee.optimizer.state_dict(),
+        scaler=trainee.scaler.state_dict(),
+    )
+
+
 def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     """The ladder's student at this position, trained from where an earlier run left it.
 
@@ -210,8 +211,7 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     updates = recipe.updates
     student = _untrained_student(run, teacher, num_steps)
     final, prefix = run.output / f"student-{num_steps}.pt", f"student-{num_steps}-"
-    finals = [final] if final.exists() else []
-    newest = run.newest(finals + numbered(run.output, prefix))
+    newest = run.newest([p for p in (final, *numbered(run.output, prefix)) if p.exists()])
     if newest is not None:
         path, stored = newest
         _require_same_stage(path, stored, student, recipe)
@@ -224,8 +224,7 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
     frozen = build_network(config, run.world.device, dropout=0.0).requires_grad_(False).eval()
     load_weights(network, student.model, final)
     load_weights(frozen, teacher.weights, final)
-    optimizer = make_optimizer(network)
-    trainee = Trainee(network, run.world.wrap(network), None, optimizer, run.scaler())
+    trainee = Trainee(network, run.world.wrap(network), None, make_optimizer(network), run.scaler())
     if newest is not None:
         _go_on(trainee, *newest)
 
@@ -250,12 +249,11 @@ def train_student(run: Run, teacher: Checkpoint, position: int) -> Checkpoint:
         distillation.loss_weight,
         recipe.time_exponent,
     )
-    later = range(position + 1, distillation.iterations)
     plan = run.plan(
         student.stage,
         updates,
         partial(decay_to_zero, recipe.learning_rate, updates),
-        updates_after=sum(distillation.stage(n).updates for n in later),
+        updates_after=distillation.updates_after(position),
         noted={"num_steps": num_steps},
     )
     title = f"student {num_steps}"
