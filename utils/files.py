@@ -1,10 +1,14 @@
 """Files that are whole or not there: a temporary name, a flush, a rename."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from utils.command import InputError
 
 
 @contextmanager
@@ -34,3 +38,16 @@ def write_text(path: Path, text: str) -> None:
     """The text as the whole content of the file."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def require_regular_file(path: Path) -> None:
+    """Raises InputError unless the path is a regular file, so that opening it cannot block.
+
+    Symbolic links are followed. Raises FileNotFoundError, PermissionError and IsADirectoryError
+    as open() does.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file; pipes, sockets and devices are not read")
