@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from diffusion.schedule import alpha_sigma
@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
 
 
 Denoise = Callable[..., Prediction]
-"""(z, logsnr) -> Prediction, its condition already bound: what samplers and targets call."""
+"""(z, logsnr, **condition) -> Prediction. Samplers and targets call it as (z, logsnr)."""
 
 
 def diffuse(
@@ -124,20 +124,23 @@ def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
     return lambda z, logsnr: denoise(z, logsnr, **condition)
 
 
-def guided(denoise: Callable[..., Prediction], label: Int[Tensor, "b"], weight: float) -> Denoise:
-    """Classifier-free guidance: x_hat_w = (1 + w) x_hat(label) - w x_hat(no class), and eps_hat.
+def guided(denoise: Denoise) -> Denoise:
+    """Classifier-free guidance as a condition: the result takes label and guidance, each (B,).
 
-    Ho & Salimans 2022, equation 6. Label -1 is no class. Both are asked for in one call of twice
-    the batch; w = 0 asks for the first alone.
+    x_hat_w = (1 + w) x_hat(label) - w x_hat(no class), and eps_hat alike, with w = guidance (Ho &
+    Salimans 2022, equation 6). Label -1 is no class. Both predictions are asked for in one call of
+    twice the batch.
     """
-    if weight == 0.0:
-        return conditioned(denoise, label=label)
-    both = torch.cat([label, torch.full_like(label, -1)])
 
-    def guided_denoise(z: Tensor, logsnr: Tensor) -> Prediction:
-        prediction = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), label=both)
-        halves = [part.chunk(2) for part in prediction]
-        return Prediction(*((1 + weight) * known - weight * free for known, free in halves))
+    def guided_denoise(
+        z: Tensor, logsnr: Tensor, label: Tensor, guidance: Tensor, **condition: Tensor
+    ) -> Prediction:
+        doubled = {name: torch.cat([value, value]) for name, value in condition.items()}
+        doubled["label"] = torch.cat([label, torch.full_like(label, -1)])
+        prediction = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), **doubled)
+        w = guidance.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
+        halves = (part.chunk(2) for part in prediction)
+        return Prediction(*((1 + w) * known - w * free for known, free in halves))
 
     return guided_denoise
 

@@ -1,15 +1,32 @@
-"""Losses: one value per example, the mean over its pixels."""
+"""Losses: one value per example. A loss compares a prediction with its target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffusion.gaussian import Denoise, Prediction, diffuse, velocity
+from diffusion.gaussian import Prediction, velocity
 
-LossWeight = Callable[[Prediction, Prediction, Tensor], Tensor]
-"""(prediction, target, logsnr) -> loss per example, (B,)."""
+
+class Example(NamedTuple):
+    """A batch of what a loss compares, each of its tensors with a row for each image.
+
+    prediction: the network's, of z at the noise level logsnr. target: what it should be. x: the
+    image that z was made of. is_sample: whether x_hat should look like an image of the data set
+    (B,), as where a student's step ends at logsnr = +inf.
+    """
+
+    prediction: Prediction
+    target: Prediction
+    x: Tensor
+    logsnr: Tensor
+    is_sample: Bool[Tensor, "b"]
+
+
+Loss = Callable[[Example], Tensor]
+"""Example -> loss per example, (B,)."""
 
 
 def mean_square(difference: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
@@ -17,37 +34,28 @@ def mean_square(difference: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
     return difference.square().flatten(1).mean(1)
 
 
-def constant(
-    prediction: Prediction, target: Prediction, logsnr: Float[Tensor, "b"]
-) -> Float[Tensor, "b"]:
+def constant(example: Example) -> Float[Tensor, "b"]:
     """mse_x = ||x_hat - x||^2: the same weight at every noise level."""
-    return mean_square(prediction.x - target.x)
+    return mean_square(example.prediction.x - example.target.x)
 
 
-def snr(
-    prediction: Prediction, target: Prediction, logsnr: Float[Tensor, "b"]
-) -> Float[Tensor, "b"]:
+def snr(example: Example) -> Float[Tensor, "b"]:
     """SNR mse_x = mse_eps (Ho et al. 2020). It vanishes at t = 1: not for few-step students."""
-    return mean_square(prediction.eps - target.eps)
+    return mean_square(example.prediction.eps - example.target.eps)
 
 
-def snr_trunc(
-    prediction: Prediction, target: Prediction, logsnr: Float[Tensor, "b"]
-) -> Float[Tensor, "b"]:
+def snr_trunc(example: Example) -> Float[Tensor, "b"]:
     """max(1, SNR) mse_x = max(mse_x, mse_eps) (Salimans & Ho 2022, section 4)."""
-    return torch.maximum(
-        mean_square(prediction.x - target.x), mean_square(prediction.eps - target.eps)
-    )
+    return torch.maximum(constant(example), snr(example))
 
 
-def snr_plus_one(
-    prediction: Prediction, target: Prediction, logsnr: Float[Tensor, "b"]
-) -> Float[Tensor, "b"]:
+def snr_plus_one(example: Example) -> Float[Tensor, "b"]:
     """(1 + SNR) mse_x = mse_v (Salimans & Ho 2022, section 4)."""
-    return mean_square(velocity(prediction, logsnr) - velocity(target, logsnr))
+    v_hat, v = (velocity(p, example.logsnr) for p in (example.prediction, example.target))
+    return mean_square(v_hat - v)
 
 
-LOSS_WEIGHTS: dict[str, LossWeight] = {
+LOSSES: dict[str, Loss] = {
     "constant": constant,
     "snr": snr,
     "snr_trunc": snr_trunc,
@@ -55,18 +63,11 @@ LOSS_WEIGHTS: dict[str, LossWeight] = {
 }
 
 
-def denoising_loss(
-    denoise: Denoise,
-    x: Float[Tensor, "b ..."],
-    eps: Float[Tensor, "b ..."],
-    logsnr: Float[Tensor, "b"],
-    weight: LossWeight,
-) -> Float[Tensor, "b"]:
-    """The loss of predicting x and eps from z_t = alpha x + sigma eps, per example.
+def weighted_sum(weights: Mapping[str, float]) -> Loss:
+    """The loss that sums entries of LOSSES with these weights. Raises KeyError for other names."""
+    terms = [(LOSSES[name], weight) for name, weight in weights.items()]
 
-    Salimans & Ho 2022, section 2 and algorithm 1, in continuous time where logsnr is that of
-    t ~ U(0, 1). x: images in the model's range; eps: standard normal noise; weight: an entry of
-    LOSS_WEIGHTS.
-    """
-    prediction = denoise(diffuse(x, eps, logsnr), logsnr)
-    return weight(prediction, Prediction(x, eps), logsnr)
+    def loss(example: Example) -> Tensor:
+        return torch.stack([weight * term(example) for term, weight in terms]).sum(0)
+
+    return loss

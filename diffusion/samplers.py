@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion.gaussian import Denoise, Prediction, ddim_step, posterior
+from diffusion.gaussian import Denoise, Prediction, ddim_step, diffuse, posterior
 from diffusion.schedule import alpha_sigma
 
 DrawNoise = Callable[[], Tensor]
@@ -103,11 +103,35 @@ def dpm_solver_2m(
     return z
 
 
+@torch.no_grad()
+def consistency(
+    denoise: Denoise,
+    z: Float[Tensor, "b ..."],
+    levels: Float[Tensor, "n"],
+    *,
+    draw_noise: DrawNoise,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "b ..."]:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1).
+
+    z_s = alpha_s x_hat + sigma_s eps with fresh noise eps: for networks whose x_hat is a sample at
+    every level. A last step to +inf returns x_hat and draws nothing.
+    """
+    for i, logsnr_t, logsnr_s in _steps(levels, len(z)):
+        prediction = denoise(z, logsnr_t)
+        if on_step is not None:
+            on_step(i, z, prediction)
+        ends = bool(torch.isposinf(logsnr_s[0]))
+        z = prediction.x if ends else diffuse(prediction.x, draw_noise(), logsnr_s)
+    return z
+
+
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "ancestral": ancestral,
     "ancestral:large": partial(ancestral, log_variance_mix=1.0),
     "dpm_solver++": dpm_solver_2m,
+    "consistency": consistency,
 }
 MEDIUM = "ancestral:medium:"
 

@@ -1,11 +1,11 @@
-"""Noise schedules: time t in [0, 1] (0 data, 1 noise) -> logsnr, and noise levels as data."""
+"""Noise schedules: time t in [0, 1] (0 data, 1 noise) -> logsnr, and alpha and sigma of a logsnr."""
 
 import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 Schedule = Callable[[Tensor], Tensor]
@@ -51,29 +51,3 @@ def alpha_sigma(
     alpha = torch.sigmoid(logsnr).sqrt()
     sigma = torch.sigmoid(-logsnr).sqrt()
     return alpha.to(images.dtype), sigma.to(images.dtype)
-
-
-def sampling_levels(schedule: Schedule, num_steps: int) -> Float[Tensor, "{num_steps}+1"]:
-    """The noise levels of a sampling grid: t = 1, 1 - 1/N, .., 1/N, and +inf in the place of t = 0.
-
-    The last level is +inf (alpha 1, sigma 0) because a sampler ends on x_hat itself (Salimans &
-    Ho 2022, section 2), so that no step needs a rule for the end. float64, on the CPU.
-    """
-    t = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
-    return torch.cat([schedule(t), torch.tensor([torch.inf], dtype=torch.float64)])
-
-
-def transition_levels(
-    schedule: Schedule, num_steps: int, i: Int[Tensor, "b"], k: int
-) -> Float[Tensor, "{k}+1 b"]:
-    """The levels of a student's step i, with the k - 1 levels its teacher visits on the way.
-
-    Student step i of N = num_steps goes from t = (i + 1)/N to s = i/N (Salimans & Ho 2022,
-    algorithm 2). They are k + 1 neighbours of the sampling grid of the teacher, who has k N steps.
-
-    i: step indices in 0 .. N-1, one per example; 0 is the last step, which ends at +inf.
-    Returns logsnr from t down to s, float64, on the device of i.
-    """
-    grid = sampling_levels(schedule, k * num_steps).to(i.device)
-    first = k * (num_steps - 1 - i)
-    return grid[first + torch.arange(k + 1, device=i.device)[:, None]]

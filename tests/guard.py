@@ -77,7 +77,9 @@ def digest_of_run(folder: Path, processes: int) -> str:
                 sha.update(f"{name} {part} {key} {tuple(tensor.shape)}\n".encode())
                 sha.update(tensor.numpy().tobytes())
         images = folder / f"{Path(name).stem}.npz"
-        run(processes, "sample.py", "--checkpoint", folder / name, "--count", 16, "--output", images)
+        run(
+            processes, "sample.py", "--checkpoint", folder / name, "--count", 16, "--output", images
+        )
         sha.update(np.load(images)["arr_0"].tobytes())
     return sha.hexdigest()
 

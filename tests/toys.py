@@ -62,6 +62,16 @@ STUDENTS = {
 TEACHERS = {"x": Denoiser(teacher_x, "x"), "v": Denoiser(teacher_v, "v")}
 
 
+def mixture_denoise(z, logsnr, spread=0.1):
+    """The exact prediction for pixels that are -1 or 1 with equal odds, blurred by the spread."""
+    alpha, sigma = alpha_sigma(logsnr, z)
+    variance = alpha**2 * spread**2 + sigma**2
+    high = torch.sigmoid(2 * alpha * z / variance)
+    gain = alpha * spread**2 / variance
+    x = sum(p * (m + gain * (z - alpha * m)) for p, m in ((high, 1.0), (1 - high, -1.0)))
+    return Prediction(x, eps_from_x(z, x, logsnr))
+
+
 def saying(x, output_type):
     """A denoiser whose network's output, of that type, means exactly x, at any z."""
 

@@ -138,8 +138,11 @@ def test_guidance_is_the_papers_formula(weight, seed):
     label, none = torch.tensor([0, 3, 5]), torch.full((3,), -1)
     calls = []
     denoise = classful(calls)
-    found = guided(denoise, label, weight)(z, logsnr)
-    assert calls == ([3] if weight == 0 else [6]), "one call, of twice the batch where it must be"
+    weights = torch.tensor([weight, weight / 2, 0.0], dtype=torch.float64)
+    found = guided(denoise)(z, logsnr, label=label, guidance=weights)
+    assert calls == [6], "one call, of twice the batch"
     known, free = denoise(z, logsnr, label=label), denoise(z, logsnr, label=none)
-    close(found.x, (1 + weight) * known.x - weight * free.x)
+    w = weights.reshape(-1, 1, 1, 1)
+    close(found.x, (1 + w) * known.x - w * free.x)
+    assert torch.equal(found.x[2], known.x[2]), "a weight of 0 gives the class's own prediction"
     close(found.eps, eps_from_x(z, found.x, logsnr), rtol=1e-6, atol=1e-9)

@@ -5,8 +5,16 @@ import pytest
 import torch
 
 from diffusion.gaussian import Prediction, eps_from_x
-from diffusion.samplers import SAMPLERS, ancestral, ddim, dpm_solver_2m, make_sampler
-from diffusion.schedule import alpha_sigma, sampling_levels
+from diffusion.grids import uniform_grid
+from diffusion.samplers import (
+    SAMPLERS,
+    ancestral,
+    consistency,
+    ddim,
+    dpm_solver_2m,
+    make_sampler,
+)
+from diffusion.schedule import alpha_sigma
 from tests.toys import COSINE, STUDENTS
 
 MEAN, STD = 0.3, 0.6
@@ -86,9 +94,27 @@ def test_ancestral_is_the_exact_linear_recursion(mix, last):
     torch.testing.assert_close(coefficients.square().sum(), variance, rtol=1e-10, atol=1e-12)
 
 
+def test_consistency_sampling_noises_each_x_hat_anew():
+    """With a network that always says c, z is alpha c + sigma eps at every level, eps being new."""
+    grid = uniform_grid(COSINE, 3)
+    noises = list(torch.randn(3, 2, 1, 3, 3, dtype=torch.float64))
+    x_hat, seen = torch.full((2, 1, 3, 3), 0.5, dtype=torch.float64), []
+
+    def denoise(z, logsnr):
+        seen.append((z, logsnr))
+        return Prediction(x_hat, eps_from_x(z, x_hat, logsnr))
+
+    queue = iter(noises[1:])
+    x = consistency(denoise, noises[0], grid, draw_noise=lambda: next(queue))
+    assert torch.equal(x, x_hat)
+    for (z, logsnr), eps in zip(seen[1:], noises[1:], strict=True):
+        alpha, sigma = alpha_sigma(logsnr, z)
+        torch.testing.assert_close(z, alpha * x_hat + sigma * eps)
+
+
 @pytest.mark.parametrize("name", [*SAMPLERS, "ancestral:medium:0.5"])
 def test_every_sampler_ends_on_x_hat_and_calls_back(name):
-    z, levels = torch.randn(2, 1, 3, 3), sampling_levels(COSINE, 5)
+    z, levels = torch.randn(2, 1, 3, 3), uniform_grid(COSINE, 5)
     seen = []
     x = make_sampler(name)(
         STUDENTS["v"],
@@ -105,7 +131,7 @@ def test_every_sampler_ends_on_x_hat_and_calls_back(name):
 def test_dpm_solver_and_ddim_agree_on_one_and_two_steps():
     z = torch.randn(2, 1, 3, 3, dtype=torch.float64)
     for n in (1, 2):  # the first and the last step are of first order
-        levels = sampling_levels(COSINE, n)
+        levels = uniform_grid(COSINE, n)
         expected = ddim(STUDENTS["v"], z, levels)
         torch.testing.assert_close(dpm_solver_2m(STUDENTS["v"], z, levels), expected)
 

@@ -3,13 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.schedule import (
-    alpha_sigma,
-    cosine_logsnr,
-    make_schedule,
-    sampling_levels,
-    transition_levels,
-)
+from diffusion.schedule import alpha_sigma, cosine_logsnr, make_schedule
 from tests.toys import COSINE, golden
 
 
@@ -40,33 +34,3 @@ def test_alpha_and_sigma_at_infinity_and_in_other_precisions():
     assert (alpha[2], sigma[2]) == (1, 0)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(3, 1, 1, 1))
     assert alpha[0].item() == pytest.approx(4.5398e-5, rel=1e-4)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 8, 1024])
-def test_sampling_levels_fall_from_t_1_and_end_at_infinity(num_steps):
-    levels = sampling_levels(COSINE, num_steps)
-    assert levels.dtype == torch.float64
-    assert levels.shape == (num_steps + 1,)
-    assert levels[0] == COSINE(torch.ones(1, dtype=torch.float64))
-    assert levels[-1] == torch.inf
-    assert (levels[:-1].diff() < 0).sum() == 0  # logsnr rises while time falls
-    n = num_steps // 2
-    expected = COSINE(torch.tensor(1 - n / num_steps, dtype=torch.float64))
-    torch.testing.assert_close(levels[n], expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 64])
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
-def test_transition_levels_are_the_students_and_the_teachers_own(num_steps, k):
-    i = torch.arange(num_steps)
-    levels = transition_levels(COSINE, num_steps, i, k)
-    assert levels.shape == (k + 1, num_steps)
-    student = sampling_levels(COSINE, num_steps)
-    torch.testing.assert_close(levels[0], student[:-1].flip(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(levels[-1], student[1:].flip(0), rtol=1e-12, atol=1e-12)
-    teacher = sampling_levels(COSINE, k * num_steps)
-    for step in range(num_steps):
-        start = k * (num_steps - 1 - step)
-        assert torch.equal(levels[:, step], teacher[start : start + k + 1])
-    t = (i + 1).double() / num_steps  # the paper's own words: t = (i + 1) / N
-    torch.testing.assert_close(levels[0], COSINE(t), rtol=1e-12, atol=1e-12)
