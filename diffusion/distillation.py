@@ -10,6 +10,7 @@ transition passes (diffusion/paths.py) and who walks each leg.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def distillation_target(
     t down to s, one more than legs. No gradient flows into the walkers.
     """
     z, x_target = z_t, torch.zeros_like(z_t)
-    pairs = zip(levels[:-1], levels[1:], strict=True)
+    pairs = pairwise(levels)
     for walk, (here, there), w in zip(legs, pairs, target_weights(levels), strict=True):
         prediction = walk(z, here)
         shape = (-1, *[1] * (z.ndim - 1))

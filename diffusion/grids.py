@@ -4,6 +4,8 @@ The last level is +inf (alpha 1, sigma 0) because a sampler ends on x_hat itself
 2022, section 2), so that no step needs a rule for the end. Grids are float64.
 """
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -61,7 +63,7 @@ def jump_errors(
     rows = grid[:, None].expand(-1, len(x))
     z = diffuse(x, eps, rows[0])
     walked, predictions = [z], []
-    for here, there in zip(rows, rows[1:], strict=False):
+    for here, there in pairwise(rows):
         predictions.append(denoise(z, here))
         z = ddim_step(predictions[-1], there)
         walked.append(z)

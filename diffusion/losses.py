@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusion.gaussian import Prediction, velocity
+from diffusion.random_features import feature_maps, feature_vectors
 
 
 class Example(NamedTuple):
@@ -55,12 +57,55 @@ def snr_plus_one(example: Example) -> Float[Tensor, "b"]:
     return mean_square(v_hat - v)
 
 
-LOSSES: dict[str, Loss] = {
+SQUARED_ERRORS: dict[str, Loss] = {
     "constant": constant,
     "snr": snr,
     "snr_trunc": snr_trunc,
     "snr_plus_one": snr_plus_one,
 }
+
+
+def perceptual(example: Example) -> Float[Tensor, "b"]:
+    """The distance of x_hat to its target in random features, as LPIPS measures it in trained ones.
+
+    Zhang et al. 2018, equation 1, without learnt weights: at each pixel of each feature map the
+    vectors of channels are brought to length 1, and their squared differences are averaged.
+    """
+    pairs = zip(feature_maps(example.prediction.x), feature_maps(example.target.x), strict=True)
+    distances = [
+        mean_square(F.normalize(a, dim=1) - F.normalize(b, dim=1)) * a.shape[1]
+        for maps in pairs
+        for a, b in zip(*maps, strict=True)
+    ]
+    return torch.stack(distances).mean(0)
+
+
+def energy(example: Example) -> Float[Tensor, "b"]:
+    """The energy distance between the samples x_hat and real images, in random features.
+
+    2 E|f - r| - E|f - f'| - E|r - r'| over all pairs of different images of the batch, f of x_hat
+    and r of x (Szekely & Rizzo 2013), the mean over several networks; its mean over the samples is
+    unbiased. It pulls towards the data, not towards the teacher. Examples that are no samples
+    (Example.is_sample) have a loss of 0; so has a batch with fewer than two samples.
+    """
+    samples = example.is_sample.to(example.x.dtype)
+    others = 1 - torch.eye(len(samples), dtype=samples.dtype, device=samples.device)
+    count = samples.sum()
+    total = torch.zeros_like(samples)
+    fakes, reals = feature_vectors(example.prediction.x), feature_vectors(example.x)
+    for f, r in zip(fakes, reals, strict=True):
+        to_real = (_distances(f, r) * others).sum(1) / (len(f) - 1)
+        to_samples = (_distances(f, f) * others) @ samples / (count - 1).clamp(min=1)
+        among_real = (_distances(r, r) * others).sum() / (len(r) * (len(r) - 1))
+        total = total + 2 * to_real - to_samples - among_real
+    return total / len(fakes) * samples * (count >= 2)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+LOSSES: dict[str, Loss] = {**SQUARED_ERRORS, "perceptual": perceptual, "energy": energy}
 
 
 def weighted_sum(weights: Mapping[str, float]) -> Loss:

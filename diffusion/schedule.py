@@ -1,4 +1,4 @@
-"""Noise schedules: time t in [0, 1] (0 data, 1 noise) -> logsnr, and alpha and sigma of a logsnr."""
+"""Noise schedules: time t in [0, 1] (0 data, 1 noise) -> logsnr; alpha and sigma of a logsnr."""
 
 import math
 from collections.abc import Callable

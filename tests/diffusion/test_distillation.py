@@ -15,7 +15,7 @@ from diffusion.gaussian import (
     velocity,
 )
 from diffusion.grids import uniform_grid
-from diffusion.losses import LOSSES, mean_square
+from diffusion.losses import LOSSES, SQUARED_ERRORS, mean_square
 from diffusion.objectives import distillation_objective
 from diffusion.paths import neighbours
 from diffusion.samplers import ddim
@@ -67,7 +67,7 @@ def test_target_and_losses_are_the_reference(num_steps, output_type):
     expect(mean_square(prediction.eps - target.eps), "eps_mse")
     x, eps = reference["x"], reference["eps"]
     names = {"snr_plus_one": "loss_v_mse"}
-    for name, loss in LOSSES.items():
+    for name, loss in SQUARED_ERRORS.items():
         value = distillation_loss(student, [teacher] * 2, x, eps, levels, loss)
         expect(value, names.get(name, f"loss_{name}"))
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,7 +57,7 @@ def test_jump_errors_are_those_of_single_steps_from_the_walk():
 
 
 def largest(errors, at):
-    return max(errors[a, b].item() for a, b in zip(at, at[1:], strict=False))
+    return max(errors[a, b].item() for a, b in pairwise(at))
 
 
 def test_the_adaptive_grid_halves_the_largest_error_of_the_uniform_one():

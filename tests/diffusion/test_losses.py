@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.gaussian import Prediction, diffuse, eps_from_x
-from diffusion.losses import LOSSES, Example, weighted_sum
+from diffusion.losses import LOSSES, SQUARED_ERRORS, Example, energy, perceptual, weighted_sum
 from diffusion.objectives import denoising_loss
 from tests.toys import STUDENTS
 
@@ -16,9 +16,9 @@ WEIGHTS = {
 }
 
 
-@given(st.sampled_from(sorted(LOSSES)), st.floats(-10, 10), st.integers(0, 2**31))
+@given(st.sampled_from(sorted(SQUARED_ERRORS)), st.floats(-10, 10), st.integers(0, 2**31))
 def test_a_loss_is_its_weight_times_the_squared_error_of_x(name, level, seed):
-    assert WEIGHTS.keys() == LOSSES.keys()
+    assert WEIGHTS.keys() == SQUARED_ERRORS.keys()
     rng = torch.Generator().manual_seed(seed)
     z, x, x_hat = torch.randn(3, 4, 1, 3, 3, generator=rng, dtype=torch.float64)
     logsnr = torch.full((4,), level, dtype=torch.float64)
@@ -48,3 +48,77 @@ def test_losses_are_finite_in_float32_over_the_whole_range(name, output_type):
     loss = denoising_loss(STUDENTS[output_type], x, eps, logsnr, LOSSES[name])
     assert loss.dtype == torch.float32
     assert loss.isfinite().all()
+
+
+def example(x_hat, x, is_sample=None, target=None):
+    logsnr = torch.full((len(x),), -3.0, dtype=x.dtype)
+    if is_sample is None:
+        is_sample = torch.ones(len(x), dtype=torch.bool)
+    target = x if target is None else target
+    return Example(
+        Prediction(x_hat, torch.zeros_like(x)),
+        Prediction(target, torch.zeros_like(x)),
+        x,
+        logsnr,
+        is_sample,
+    )
+
+
+def test_a_weighted_sum_is_the_sum_of_its_terms():
+    x_hat, x = torch.randn(2, 5, 1, 8, 8)
+    one = example(x_hat, x)
+    loss = weighted_sum({"constant": 2.0, "perceptual": 0.5})(one)
+    torch.testing.assert_close(loss, 2 * LOSSES["constant"](one) + 0.5 * perceptual(one))
+    assert torch.equal(weighted_sum({"constant": 1.0})(one), LOSSES["constant"](one))
+
+
+def blobs(count, spread, rng):
+    """Images of one bright square each, at places that vary with the spread."""
+    x = -torch.ones(count, 1, 16, 16, dtype=torch.float64)
+    for image in x:
+        row, column = (4 + spread * torch.rand(2, generator=rng)).long().tolist()
+        image[0, row : row + 4, column : column + 4] = 1
+    return x
+
+
+def test_the_energy_distance_is_zero_between_samples_of_one_kind_and_not_between_two():
+    rng = torch.Generator().manual_seed(0)
+    real, same, collapsed = (blobs(96, spread, rng) for spread in (8, 8, 1))
+    alike = energy(example(same, real)).mean()
+    different = energy(example(collapsed, real)).mean()
+    assert alike.abs() < 0.1 * different
+    assert different > 0
+
+
+def test_the_energy_distance_is_the_formula_over_pairs_of_different_images():
+    from diffusion.random_features import feature_vectors
+
+    x_hat, x = torch.randn(2, 4, 1, 8, 8, dtype=torch.float64)
+    chosen = torch.tensor([True, False, True, True])
+    expected = []
+    for f, r in zip(feature_vectors(x_hat), feature_vectors(x), strict=True):
+        cross = [(f[i] - r[j]).norm() for i in (0, 2, 3) for j in range(4) if i != j]
+        own = [(f[i] - f[j]).norm() for i in (0, 2, 3) for j in (0, 2, 3) if i != j]
+        real = [(r[i] - r[j]).norm() for i in range(4) for j in range(4) if i != j]
+        means = [torch.stack(values).mean() for values in (cross, own, real)]
+        expected.append(2 * means[0] - means[1] - means[2])
+    found = energy(example(x_hat, x, chosen))
+    assert found[1] == 0
+    torch.testing.assert_close(found.sum() / 3, torch.stack(expected).mean())
+    assert (energy(example(x_hat, x, torch.arange(4) == 2)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["energy", "perceptual"])
+@pytest.mark.parametrize("size", [8, 32])
+def test_feature_losses_have_finite_gradients_where_images_are_equal(name, size):
+    x = torch.randn(3, 3, size, size)
+    x_hat = x.clone().requires_grad_()
+    LOSSES[name](example(x_hat, x)).sum().backward()
+    assert x_hat.grad.isfinite().all()
+
+
+def test_the_perceptual_distance_grows_with_the_difference():
+    x, noise = torch.randn(2, 4, 1, 16, 16)
+    values = [perceptual(example(x + s * noise, x)).mean() for s in (0.0, 0.1, 0.5)]
+    assert values[0] == 0
+    assert values[0] < values[1] < values[2]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.schedule import alpha_sigma, cosine_logsnr, make_schedule
-from tests.toys import COSINE, golden
+from tests.toys import golden
 
 
 def test_cosine_schedule_is_the_reference():
