@@ -49,17 +49,29 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
-def time_features(logsnr: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b channels"]:
-    """Sinusoids of 1000 inv_cos(logsnr), [sin, cos], one zero appended if channels is odd.
+def sinusoids(angle: Float[Tensor, "b"], slowest: float, channels: int) -> Float[Tensor, "b d"]:
+    """[sin, cos] of the angle times frequencies that fall from 1 to 1 / slowest, evenly in log.
 
-    inv_cos = atan(e^(-clip(logsnr, -20, 20) / 2)) / (pi / 2), in (0, 1); frequencies
-    e^(-k ln(10000) / (half - 1)), half = channels // 2 (the original code; Vaswani et al. 2017).
+    One zero is appended if channels is odd (Vaswani et al. 2017; the original code).
+    """
+    half = channels // 2
+    exponent = torch.arange(half, dtype=angle.dtype, device=angle.device) / (half - 1)
+    angles = angle[:, None] * torch.exp(-math.log(slowest) * exponent)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, channels % 2))
+
+
+def time_features(logsnr: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b channels"]:
+    """Sinusoids of 1000 inv_cos(logsnr), with frequencies from 1 to 1/10000.
+
+    inv_cos = atan(e^(-clip(logsnr, -20, 20) / 2)) / (pi / 2), in (0, 1) (the original code).
     """
     time = 1000.0 * torch.atan(torch.exp(-0.5 * logsnr.clamp(-20.0, 20.0))) / (0.5 * math.pi)
-    half = channels // 2
-    exponent = torch.arange(half, dtype=logsnr.dtype, device=logsnr.device) / (half - 1)
-    angle = time[:, None] * torch.exp(-math.log(10000.0) * exponent)
-    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, channels % 2))
+    return sinusoids(time, 10_000.0, channels)
+
+
+def guidance_features(guidance: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b channels"]:
+    """Sinusoids of the guidance weight w (Meng et al. 2023), of periods from 1 to 100."""
+    return sinusoids(2.0 * math.pi * guidance, 100.0, channels)
 
 
 class ConvDownsample(nn.Module):

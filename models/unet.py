@@ -114,7 +114,7 @@ class Parts:
 
 
 class UNet(nn.Module):
-    """(z, logsnr, label) -> output: Salimans & Ho 2022, appendix; the original JAX code's UNet.
+    """(z, logsnr, label, guidance) -> output: Salimans & Ho 2022, appendix; the original JAX code's UNet.
 
     image_size, image_channels, output_channels: of z and of the output (twice the image's channels
     for output type both). channels: width of the first level; embedding_channels: of the time and
@@ -123,7 +123,8 @@ class UNet(nn.Module):
     every residual block is followed by attention, of attention_heads heads or, where that is
     given, heads of width attention_head_dim. resample: block (in a residual block) or conv.
     patch_size p folds p x p pixels into channels first and unfolds them last. num_classes: None
-    for an unconditional network.
+    for an unconditional network. guidance: whether the guidance weight is an input too; its layer
+    begins at zero, so that the network begins as the one without.
     """
 
     def __init__(
@@ -143,10 +144,12 @@ class UNet(nn.Module):
         resample: str,
         patch_size: int,
         num_classes: int | None,
+        guidance: bool = False,
     ) -> None:
         super().__init__()
         embedding_channels = embedding_channels or 4 * channels
-        self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
+        self.channels, self.patch_size = channels, patch_size
+        self.num_classes, self.guidance = num_classes, guidance
         parts = Parts(embedding_channels, dropout, attention_heads, attention_head_dim, resample)
         widths = [channels * multiplier for multiplier in channel_multipliers]
         attends = [
@@ -159,6 +162,8 @@ class UNet(nn.Module):
         self.time_out = linear(embedding_channels, embedding_channels)
         if num_classes is not None:
             self.class_embedding = linear(num_classes, embedding_channels)
+        if guidance:
+            self.guidance_embedding = linear(channels, embedding_channels, zero=True)
         self.conv_in = conv(image_channels * patch_size**2, channels)
 
         skips, width = [channels], channels  # the widths of what the way down pushes
@@ -183,13 +188,23 @@ class UNet(nn.Module):
         self.conv_out = conv(width, output_channels * patch_size**2, zero=True)
 
     def embed(
-        self, logsnr: Float[Tensor, "b"], label: Int[Tensor, "b"] | None
+        self,
+        logsnr: Float[Tensor, "b"],
+        label: Int[Tensor, "b"] | None,
+        guidance: Float[Tensor, "b"] | None,
     ) -> Float[Tensor, "b e"]:
-        """The embedding of the noise level, and of the class; label -1 is no class: the bias alone.
+        """The embedding of the noise level, the class and the guidance weight.
 
-        Raises ValueError for a label where the network knows no classes.
+        Label -1 is no class: the bias alone. Raises ValueError for a label or a guidance weight
+        that the network does not take, and where the guidance weight is missing.
         """
         embedding = self.time_out(F.silu(self.time_in(time_features(logsnr, self.channels))))
+        if (guidance is None) == self.guidance:
+            wanted = "needs a" if self.guidance else "takes no"
+            raise ValueError(f"this network {wanted} guidance weight")
+        if guidance is not None:
+            features = guidance_features(guidance.to(logsnr.dtype), self.channels)
+            embedding = embedding + self.guidance_embedding(features)
         if self.num_classes is None:
             if label is not None:
                 raise ValueError("a label was given to a network without classes")
@@ -204,10 +219,14 @@ class UNet(nn.Module):
         z: Float[Tensor, "b c h w"],
         logsnr: Float[Tensor, "b"],
         label: Int[Tensor, "b"] | None = None,
+        guidance: Float[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b d h w"]:
-        """z: noisy images; logsnr: their noise levels; label: their classes, -1 for none."""
+        """z: noisy images; logsnr: their noise levels; label: their classes, -1 for none.
+
+        guidance: the weights of classifier-free guidance, for a network that takes them.
+        """
         p = self.patch_size
-        embedding = self.embed(logsnr, label)
+        embedding = self.embed(logsnr, label, guidance)
         h = self.conv_in(rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p))
         skips = [h]
         for level in self.down:

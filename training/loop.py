@@ -1,0 +1,176 @@
+"""The training loop of every stage: updates, metrics, checkpoints, stopping."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.objectives import Objective, Tensors
+from pipeline.codec import encode
+from pipeline.data import Dataset
+from training.metrics import MetricsLog, Monitor
+from training.stage import Stage
+from training.trainee import Trainee
+from utils.command import InputError, Stopped, stop_requests, warn
+from utils.processes import World
+from utils.progress import progress_bar
+from utils.randomness import batch_indices, generator
+
+SKIPS_IN_A_ROW = 20  # fp16 may begin with some, until its scale fits
+
+
+class Metrics(NamedTuple):
+    """What is known of one update.
+
+    gradient_norm: before clipping. skipped: the gradient was not finite, so the weights are as
+    they were. stop: some process was asked to stop. losses, logsnr: of this process's examples,
+    (B,) each, on the device.
+    """
+
+    update: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
+    stop: bool
+    losses: Tensor
+    logsnr: Tensor
+
+
+class Callbacks(NamedTuple):
+    """What happens when a checkpoint is due.
+
+    save: writes the checkpoint; called by one process. draw: writes a picture and returns its
+    images; called by all processes.
+    """
+
+    save: Callable[[], None]
+    draw: Callable[[], Tensor] | None = None
+
+
+def train_updates(
+    trainee: Trainee,
+    stage: Stage,
+    dataset: Dataset,
+    objective: Objective,
+    world: World,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Iterator[Metrics]:
+    """Trains from the trainee's update to the stage's last one, yielding after each.
+
+    All that an update draws is a function of (seed, stage, update), drawn for the global batch, of
+    which each process and each step of accumulation takes its rows: the gradient is that of one
+    process and one step, up to rounding. An update whose gradient is not finite is skipped, in all
+    processes alike; SKIPS_IN_A_ROW of them raise InputError.
+    """
+    parameters = list(trainee.network.parameters())
+    limit = math.inf if stage.gradient_clip is None else stage.gradient_clip
+    rows = rows_of_process(stage.batch_size, stage.accumulate, world)
+    own = slice(rows[0].start, rows[-1].stop)
+    index_batches = (
+        batch_indices(dataset.num_images, stage.batch_size, stage.seed, stage.number, update)[own]
+        for update in range(trainee.update, stage.updates)
+    )
+    skips = 0
+    trainee.network.train()
+    for images, labels in dataset.batches(index_batches):
+        rate = stage.rate_at(trainee.update)
+        condition = {} if labels is None else {"label": labels}
+        losses, logsnr = backward(trainee, stage, objective, world, images, condition)
+        trainee.scaler.unscale_(trainee.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        stop = torch.tensor(float(stop_requested()), device=world.device)
+        # One transfer from the device for all figures of an update.
+        reduced = torch.stack([losses.sum() / stage.batch_size, stop, norm / world.size])
+        loss_value, stops, norm_value = world.sum(reduced).tolist()
+        finite = math.isfinite(norm_value)
+        if finite:
+            skips = 0
+            trainee.step(stage, rate)
+        else:
+            skips += 1
+            _explain_skip(stage, trainee.update, skips, logsnr)
+        trainee.scaler.update()
+        trainee.update += 1
+        yield Metrics(
+            update=trainee.update,
+            loss=loss_value,
+            gradient_norm=norm_value,
+            learning_rate=rate,
+            skipped=not finite,
+            stop=stops > 0,
+            losses=losses,
+            logsnr=logsnr,
+        )
+
+
+def backward(
+    trainee: Trainee,
+    stage: Stage,
+    objective: Objective,
+    world: World,
+    images: Tensor,
+    condition: Tensors,
+) -> tuple[Tensor, Tensor]:
+    """Accumulates the gradient of the global batch's mean loss in the parameters.
+
+    images, condition: this process's rows. Returns their losses and noise levels, (B,) each.
+    """
+    rows = rows_of_process(stage.batch_size, stage.accumulate, world)
+    first = rows[0].start
+    rng = generator(world.device, stage.seed, stage.number, trainee.update)
+    drawn = objective.draw(rng, torch.Size([stage.batch_size, *images.shape[1:]]))
+    flip = torch.rand(stage.batch_size, 1, 1, 1, generator=rng, device=world.device) < 0.5
+    # Dropout takes no generator: the default one is seeded for each process.
+    torch.manual_seed(generator("cpu", rng.initial_seed(), world.rank).initial_seed())
+
+    trainee.optimizer.zero_grad()
+    results = []
+    for row in rows:
+        local = slice(row.start - first, row.stop - first)
+        x = encode(images[local])
+        if stage.horizontal_flip:
+            x = torch.where(flip[row], x.flip(-1), x)
+        own_condition = {name: value[local] for name, value in condition.items()}
+        own_drawn = {name: value[row] for name, value in drawn.items()}
+        with trainee.synchronised(row is rows[-1]):
+            loss, logsnr = objective.loss(x, own_condition, own_drawn)
+            # Times the number of processes, over which DistributedDataParallel averages.
+            share = loss.sum() / stage.batch_size * world.size
+            trainee.scaler.scale(share).backward()
+        results.append((loss.detach(), logsnr))
+    losses, levels = zip(*results, strict=True)
+    return torch.cat(losses), torch.cat(levels)
+
+
+def _explain_skip(stage: Stage, update: int, skips: int, logsnr: Tensor) -> None:
+    """Warns of a skipped update; raises InputError after SKIPS_IN_A_ROW of them."""
+    where = f"stage {stage.number}, update {update}: the gradient is not finite"
+    if skips >= SKIPS_IN_A_ROW:
+        raise InputError(
+            f"{where}, for the {skips}th time in a row; begin anew (--restart, or another "
+            "--output) with a lower learning rate, the loss weight snr_trunc or snr_plus_one, or "
+            "precision fp32"
+        )
+    low, high = logsnr.min().item(), logsnr.max().item()
+    warn(f"{where}; skipped (logsnr between {low:.1f} and {high:.1f})")
+
+
+def rows_of_process(batch_size: int, accumulate: int, world: World) -> list[slice]:
+    """The rows of the global batch that this process computes, a slice for each accumulation step.
+
+    Raises InputError if there are too few for all processes.
+    """
+    parts = world.size * accumulate
+    if parts > batch_size:
+        raise InputError(
+            f"batch_size: {batch_size} cannot be shared by {world.size} processes of "
+            f"{accumulate} steps of accumulation each; take at least {parts}"
+        )
+    edges = [batch_size * n // parts for n in range(parts + 1)]
+    first = world.rank * accumulate
+    return [slice(edges[n], edges[n + 1]) for n in range(first, first + accumulate)]
