@@ -38,7 +38,7 @@ KEYS = {
     "model.attention_heads": mostly(1, 2, 3),
     "model.attention_head_dim": mostly(None, 4, 3),
     "model.dropout": mostly(0.0, 0.5),
-    "model.resample": mostly("block", "conv", "pool"),
+    "model.resample": mostly("block", "conv", "plain", "pool"),
     "model.patch_size": mostly(1, 2, 4),
     "model.num_classes": mostly(None, 2, 3),
     "diffusion.prediction": mostly("x", "eps", "v", "both", "V"),

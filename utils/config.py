@@ -1,6 +1,7 @@
 """The config: one YAML file -> frozen, checked values. Every key is used; every constraint is here.
 
-The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml).
+The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml), except for
+model.resample: a config without that key keeps the network that it has always had.
 """
 
 import difflib
@@ -124,7 +125,7 @@ class ModelConfig(Section):
     attention_heads: Annotated[int, Field(ge=1, le=1024)] = 2
     attention_head_dim: Annotated[int, Field(ge=1, le=4096)] | None = None
     dropout: Fraction = 0.1
-    resample: Literal["block", "conv"] = "block"
+    resample: Literal["block", "conv", "plain"] = "block"
     patch_size: Annotated[int, Field(ge=1, le=64)] = 1
     num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
 
