@@ -131,12 +131,16 @@ class ModelConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """The diffusion process and what the network predicts."""
+    """The diffusion process and what the network predicts.
+
+    logsnr_min, logsnr_max: within [-20, 20], to which the network's time input is clipped
+    (time_features in models/layers.py): it cannot tell the noise levels beyond from one another.
+    """
 
     prediction: OutputTypeName = "v"
     schedule: ScheduleName = "cosine"
-    logsnr_min: Annotated[float, Field(ge=-30.0, lt=0.0)] = -20.0
-    logsnr_max: Annotated[float, Field(gt=0.0, le=30.0)] = 20.0
+    logsnr_min: Annotated[float, Field(ge=-20.0, lt=0.0)] = -20.0
+    logsnr_max: Annotated[float, Field(gt=0.0, le=20.0)] = 20.0
     loss_weight: LossWeightName = "snr_plus_one"
 
 

@@ -8,6 +8,7 @@ import torch
 from models.layers import Attention, ResBlock, group_norm, lecun_normal_, time_features
 from models.unet import UNet
 from tests.toys import GOLDEN, golden
+from utils.config import DiffusionConfig
 from utils.convert_jax import read_msgpack, state_dict_of
 
 ROOT = Path(__file__).parents[2]
@@ -248,6 +249,19 @@ def test_time_features():
     torch.testing.assert_close(features[1, 0], torch.tensor(500.0).double().sin())
     torch.testing.assert_close(features[1, 3], torch.tensor(500.0 / 10000).double().sin())
     assert torch.equal(features[2], features[3]), "clipped to [-20, 20]"
+
+
+def test_time_features_tell_every_noise_level_of_a_config_from_its_neighbours():
+    """The limits of the config are those of the clip: wider ones would hold equal inputs."""
+    low, high = (
+        next(
+            getattr(m, side) for m in DiffusionConfig.model_fields[key].metadata if hasattr(m, side)
+        )
+        for key, side in (("logsnr_min", "ge"), ("logsnr_max", "le"))
+    )
+    levels = torch.arange(low, high + 0.5, 0.5, dtype=torch.float64)
+    features = time_features(levels, 64)
+    assert (features.diff(dim=0).abs().amax(dim=1) > 1e-4).all()
 
 
 def test_group_norm_has_the_largest_common_divisor_of_groups():

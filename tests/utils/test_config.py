@@ -85,6 +85,8 @@ def test_a_config_without_resample_keeps_its_residual_blocks():
         ({"data": {"channels": 2}}, "data.channels", "1 or 3"),
         ({"data": {"name": "mnits"}}, "data.name", "mnist, fashion_mnist"),
         ({"diffusion": {"prediction": "u"}}, "diffusion.prediction", "x, eps, v, both"),
+        ({"diffusion": {"logsnr_min": -20.5}}, "diffusion.logsnr_min", "or equal to -20"),
+        ({"diffusion": {"logsnr_max": 20.5}}, "diffusion.logsnr_max", "less than or equal to 20"),
         ({"sampling": {"sampler": "ddpm"}}, "sampling.sampler", "ddim, ancestral"),
         ({"data": {"image_size": 30}}, "data.image_size", "not divisible by 8"),
         ({"model": {"patch_size": 3}}, "data.image_size", "not divisible by 24"),
