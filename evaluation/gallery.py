@@ -101,7 +101,7 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
     In no order, as those of a folder may be sorted by class, and parts stand for all of them.
     Raises InputError that names the file and what is wrong.
     """
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         folder = ImageFolder(path, image_size, channels)
         found = [folder[n] for n in range(len(folder))]
         error = next((item for item in found if isinstance(item, InputError)), None)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.command import InputError
+from utils.command import STOP_SIGNALS, InputError
 from utils.randomness import generator
 
 Batch = tuple[Tensor, Tensor | None]
@@ -249,7 +249,7 @@ def _collate(items: list[Any]) -> Any:
 
 def _ignore_stops(worker: int) -> None:
     # They are for the process that saves, which ends its workers, and reach all of its group.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -24,7 +24,9 @@ from utils.runs import (
     kept_to_itself,
     newest_whole,
     numbered,
+    own_files,
     prune,
+    require_no_run,
     require_same_run,
     sweep,
 )
@@ -113,13 +115,17 @@ def begun(run: Run, prefix: str, restart: bool) -> Iterator[None]:
 
     What a kill left half written goes; on restart, the old run: not where torchrun has started the
     processes again, as what is there then is this run's own. Raises InputError for a restart on
-    several machines, whose number may change while they run, and where another run writes there.
+    several machines, whose number may change while they run, where another run writes there, or
+    one of another kind has written.
     """
     if restart and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         raise InputError(
             f"--restart: not on several machines, which torchrun may start again; delete "
             f"{run.output} yourself, or give another folder (--output)"
         )
+    require_no_run(run.output, but=prefix)
+    own_files(run.output, prefix)  # or refused
+    run.world.wait()  # before anything is deleted
     with kept_to_itself(run.output) if run.world.leads else nullcontext(True) as alone:
         if run.world.any(not alone):
             raise InputError(
