@@ -261,6 +261,23 @@ def test_rows_of_an_earlier_call_stay(workshop, tmp_path):
     assert any(row["sampler"] == "dpm_solver++" for row in rows)
 
 
+def test_the_last_line_says_what_is_there(workshop, tmp_path, capsys):
+    images = real_images(load_checkpoint(workshop["made"][0]).config).floor[:10]
+    np.savez(tmp_path / "made.npz", images.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "made.npz").rename(tmp_path / "a|b.NPZ")
+    out = tmp_path / "out"
+    given = ("--images", tmp_path / "a|b.NPZ", "--config_path", workshop["config"])
+    assert run(evaluate, *given, "--output", out) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"written into {out}: results.md, results.json, results.csv"
+    assert r"| a\|b | 10 |" in said
+    student = ("--checkpoint", workshop["published"][2], "--count", 10)
+    assert run(evaluate, *student, "--output", out) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f", distances.png; the images drawn are in {out / 'images'}")
+    assert len(list((out / "images").iterdir())) == 1
+
+
 def test_a_partner_that_comes_later_is_told_of(workshop, tmp_path):
     base, _, student = workshop["published"]
     out = ("--count", 250, "--output", tmp_path)

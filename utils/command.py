@@ -142,8 +142,10 @@ def run_command(work: Callable[[], None], then: str = "") -> int:
         return _fail(said, INTERRUPTED) if leads() else INTERRUPTED
     except (MemoryError, RuntimeError, ImportError, OSError) as error:
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            advice = "a smaller batch_size or model.channels, or fewer steps or images at a time"
-            return _fail(f"error: out of memory; take {advice}", BAD_INPUT)
+            advice = "smaller batch_size or model.channels, or fewer steps or images at a time"
+            if isinstance(error, ImportError):
+                advice = "higher limit of the address space (ulimit -v) to load libraries in"
+            return _fail(f"error: out of memory; take a {advice}", BAD_INPUT)
         if not isinstance(error, OSError):
             raise
         name = error.filename

@@ -146,7 +146,7 @@ def require_same_ladder(folder: Path, ladder: Sequence[int], first_stage: int) -
     ladder: the students' steps, of which the first is made in first_stage. The shorter ladder's
     folder may hold the later students of the longer one.
     """
-    for path in folder.glob("student-*.pt"):
+    for path in sorted(folder.glob("student-*.pt")):
         found = re.fullmatch(r"student-(\d+)(-\d+)?", path.stem)
         if found is None or (steps := int(found[1])) < ladder[-1]:
             continue

@@ -123,8 +123,8 @@ def begun(run: Run, prefix: str, restart: bool) -> Iterator[None]:
             f"--restart: not on several machines, which torchrun may start again; delete "
             f"{run.output} yourself, or give another folder (--output)"
         )
-    require_no_run(run.output, but=prefix)
     own_files(run.output, prefix)  # or refused
+    require_no_run(run.output, but=prefix)
     run.world.wait()  # before anything is deleted
     with kept_to_itself(run.output) if run.world.leads else nullcontext(True) as alone:
         if run.world.any(not alone):
