@@ -356,7 +356,7 @@ def test_sorted_images_from_elsewhere_are_measured_as_any(workshop, tmp_path):
         ((), "--checkpoint: give checkpoints, or --images with --config_path"),
         (("--checkpoint", "{0}", "--count", 5), "at least 10"),
         (("--checkpoint", "{0}", "--steps", 1024, "--max_calls", 2000), "leave 1 images at 1024"),
-        (("--checkpoint", "{0}", "--steps", 0), "--steps: take from 1"),
+        (("--checkpoint", "{0}", "--steps", 0), "--steps 0: take a whole number"),
         (("--checkpoint", "{0}", "--sampler", "ddim", "euler"), "euler"),
         (("--checkpoint", "{0}", "--features", "vgg"), "not one of digits, inception"),
         (("--checkpoint", "none.pt"), "none.pt: no such checkpoint"),

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.command import InputError, parse, run_command, say
+from utils.command import InputError, parse, path_name, run_command, say
+from utils.files import require_regular_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +25,10 @@ a .safetensors file that sample.py, distill.py and evaluate.py take."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and converts. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("checkpoint", type=Path, help="of the original, a msgpack file")
-    parser.add_argument("--config_path", type=Path, required=True, metavar="FILE.yaml")
+    parser.add_argument("checkpoint", type=path_name, help="of the original, a msgpack file")
+    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
+    parser.add_argument("--output", type=path_name, required=True, metavar="FILE.safetensors")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
@@ -84,6 +85,8 @@ def read_msgpack(path: Path) -> dict[str, Any]:
     """The map in the file, arrays as tensors. Raises InputError that says what is wrong."""
     import msgpack
 
+    if path.exists():
+        require_regular_file(path)
     try:
         content = msgpack.unpackb(
             path.read_bytes(), ext_hook=_extension, strict_map_key=False, raw=False
