@@ -107,6 +107,20 @@ RESAMPLING: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 
 
+class PlainResample(nn.Module):
+    """A resampling without weights. to: a key of RESAMPLING."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__()
+        self.resample = RESAMPLING[to]
+
+    def forward(
+        self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b c i j"]:
+        """Halves or doubles height and width; the embedding is not looked at."""
+        return self.resample(h)
+
+
 class ResBlock(nn.Module):
     """A residual block, modulated by the embedding (scale-shift norm), which may resample.
 

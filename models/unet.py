@@ -13,6 +13,7 @@ from models.layers import (
     Attention,
     ConvDownsample,
     ConvUpsample,
+    PlainResample,
     ResBlock,
     conv,
     group_norm,
@@ -97,6 +98,8 @@ class Parts:
         """Half (to = down) or twice (to = up) the height and width."""
         if self.resample == "block":
             return self.block(width, width, to)
+        if self.resample == "plain":
+            return PlainResample(to)
         return ConvDownsample(width) if to == "down" else ConvUpsample(width)
 
     def down(self, in_channels: int, width: int, count: int, attends: bool, last: bool) -> Down:
@@ -121,9 +124,9 @@ class UNet(nn.Module):
     class embedding, None for 4 x channels. channel_multipliers: one per level; each level but the
     last halves height and width. attention_resolutions: pixels a side, after patch folding, where
     every residual block is followed by attention, of attention_heads heads or, where that is
-    given, heads of width attention_head_dim. resample: block (in a residual block) or conv.
-    patch_size p folds p x p pixels into channels first and unfolds them last. num_classes: None
-    for an unconditional network.
+    given, heads of width attention_head_dim. resample: block (in a residual block), conv or plain
+    (2x2 average pooling and nearest neighbour, without weights). patch_size p folds p x p pixels
+    into channels first and unfolds them last. num_classes: None for an unconditional network.
     """
 
     def __init__(

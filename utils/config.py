@@ -1,6 +1,7 @@
 """The config: one YAML file -> frozen, checked values. Every key is used; every constraint is here.
 
-The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml).
+The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml), except for
+model.resample: a config without that key keeps the network that it has always had.
 """
 
 import difflib
@@ -125,18 +126,22 @@ class ModelConfig(Section):
     attention_heads: Annotated[int, Field(ge=1, le=1024)] = 2
     attention_head_dim: Annotated[int, Field(ge=1, le=4096)] | None = None
     dropout: Fraction = 0.1
-    resample: Literal["block", "conv"] = "block"
+    resample: Literal["block", "conv", "plain"] = "block"
     patch_size: Annotated[int, Field(ge=1, le=64)] = 1
     num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
 
 
 class DiffusionConfig(Section):
-    """The diffusion process and what the network predicts."""
+    """The diffusion process and what the network predicts.
+
+    logsnr_min, logsnr_max: within [-20, 20], to which the network's time input is clipped
+    (time_features in models/layers.py): it cannot tell the noise levels beyond from one another.
+    """
 
     prediction: OutputTypeName = "v"
     schedule: ScheduleName = "cosine"
-    logsnr_min: Annotated[float, Field(ge=-30.0, lt=0.0)] = -20.0
-    logsnr_max: Annotated[float, Field(gt=0.0, le=30.0)] = 20.0
+    logsnr_min: Annotated[float, Field(ge=-20.0, lt=0.0)] = -20.0
+    logsnr_max: Annotated[float, Field(gt=0.0, le=20.0)] = 20.0
     loss_weight: LossWeightName = "snr_plus_one"
 
 

@@ -8,6 +8,7 @@ import torch
 from models.layers import Attention, ResBlock, group_norm, lecun_normal_, time_features
 from models.unet import UNet
 from tests.toys import GOLDEN, golden
+from utils.config import DiffusionConfig
 from utils.convert_jax import read_msgpack, state_dict_of
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,16 @@ SMALL = {
     "patch_size": 1,
     "num_classes": None,
 }
+TUTORIAL = {
+    "image_size": 32,
+    "image_channels": 1,
+    "channels": 128,
+    "channel_multipliers": [1, 2, 2, 2],
+    "blocks_per_level": 2,
+    "attention_resolutions": [16],
+    "resample": "plain",
+}
+RESAMPLES = ["block", "conv", "plain"]
 
 
 def awake(network):
@@ -65,17 +76,9 @@ def test_the_unet_is_the_reference():
 @pytest.mark.parametrize(
     ("sizes", "count"),
     [
-        (  # the tutorial's network for MNIST
-            {
-                "image_size": 32,
-                "image_channels": 1,
-                "channels": 128,
-                "channel_multipliers": [1, 2, 2, 2],
-                "blocks_per_level": 2,
-                "attention_resolutions": [16],
-            },
-            42_850_817,
-        ),
+        # The tutorial's network, and the biases that its first and last convolution do not have.
+        (TUTORIAL, 35_204_480 + 128 + 1),
+        (TUTORIAL | {"resample": "block"}, 42_850_817),
         (  # CIFAR-10
             {
                 "image_size": 32,
@@ -113,7 +116,7 @@ def test_the_unet_is_the_reference():
         ),
     ],
 )
-def test_the_papers_networks_have_their_sizes(sizes, count):
+def test_the_networks_of_the_papers_and_the_tutorial_have_their_sizes(sizes, count):
     with torch.device("meta"):
         network = UNet(**SMALL | {"image_channels": 3, "blocks_per_level": 3} | sizes)
     assert sum(p.numel() for p in network.parameters()) == count
@@ -128,6 +131,8 @@ def test_the_papers_networks_have_their_sizes(sizes, count):
         {},
         {"patch_size": 2, "attention_resolutions": [4]},
         {"resample": "conv"},
+        {"resample": "plain"},
+        {"resample": "plain", "channel_multipliers": [1, 2, 3], "attention_resolutions": [4]},
         {"image_channels": 3, "output_channels": 6},
         {"channel_multipliers": [1], "attention_resolutions": []},
         {"attention_head_dim": 4, "blocks_per_level": 2},
@@ -145,8 +150,9 @@ def test_every_size_is_an_argument(changes, memory_format):
     assert awake(network)(z, torch.zeros(2)).any()
 
 
-def test_the_output_depends_on_everything():
-    network = awake(UNet(**SMALL | {"num_classes": 3}))
+@pytest.mark.parametrize("resample", RESAMPLES)
+def test_the_output_depends_on_everything(resample):
+    network = awake(UNet(**SMALL | {"num_classes": 3, "resample": resample}))
     z, logsnr = torch.randn(2, 1, 16, 16), torch.tensor([-1.0, 1.0])
     output = network(z, logsnr, torch.tensor([0, 1]))
     assert not torch.allclose(output, network(z, logsnr + 1, torch.tensor([0, 1])))
@@ -205,6 +211,27 @@ def parameters_of(norm):
     return norm.weight, norm.bias, 1e-6
 
 
+def test_plain_resampling_is_average_pooling_and_nearest_neighbour_without_weights():
+    """Convolutions with such kernels do the same, at the same places of the network."""
+    sizes = SMALL | {"channel_multipliers": [1, 2, 3]}
+    plain = awake(UNet(**sizes | {"resample": "plain"})).double()
+    conv = UNet(**sizes | {"resample": "conv"}).double()
+    assert not [name for name in plain.state_dict() if "resample" in name]
+    missing, unexpected = conv.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all(".resample.conv." in name for name in missing)
+    assert len(missing) == 8, "a weight and a bias for each of two ways down and two up"
+    mean, centre = torch.zeros(3, 3), torch.zeros(3, 3)
+    mean[:2, :2], centre[1, 1] = 0.25, 1.0
+    with torch.no_grad():
+        for levels, kernel in ((conv.down, mean), (conv.up, centre)):
+            for level in levels[:-1]:
+                weight = level.resample.conv.weight
+                weight.copy_(torch.eye(len(weight))[:, :, None, None] * kernel)
+    z, logsnr = torch.randn(2, 1, 16, 16).double(), torch.tensor([-1.0, 2.0]).double()
+    torch.testing.assert_close(plain(z, logsnr), conv(z, logsnr), rtol=1e-10, atol=1e-10)
+
+
 def test_attention_is_softmax_of_scaled_products():
     attention = awake(Attention(8, heads=2)).double()
     x = torch.randn(1, 8, 2, 3, dtype=torch.float64)
@@ -224,6 +251,19 @@ def test_time_features():
     assert torch.equal(features[2], features[3]), "clipped to [-20, 20]"
 
 
+def test_time_features_tell_every_noise_level_of_a_config_from_its_neighbours():
+    """The limits of the config are those of the clip: wider ones would hold equal inputs."""
+    low, high = (
+        next(
+            getattr(m, side) for m in DiffusionConfig.model_fields[key].metadata if hasattr(m, side)
+        )
+        for key, side in (("logsnr_min", "ge"), ("logsnr_max", "le"))
+    )
+    levels = torch.arange(low, high + 0.5, 0.5, dtype=torch.float64)
+    features = time_features(levels, 64)
+    assert (features.diff(dim=0).abs().amax(dim=1) > 1e-4).all()
+
+
 def test_group_norm_has_the_largest_common_divisor_of_groups():
     assert [group_norm(c).num_groups for c in (32, 64, 48, 24, 9)] == [32, 32, 16, 8, 1]
     assert group_norm(64).eps == 1e-6
@@ -237,8 +277,9 @@ def test_lecun_normal_has_variance_one_over_fan_in():
     assert weight.abs().max().item() <= 2 * expected / 0.8796 * 1.001
 
 
-def test_bf16_autocast_is_close_to_float32():
-    network = awake(UNet(**SMALL))
+@pytest.mark.parametrize("resample", RESAMPLES)
+def test_bf16_autocast_is_close_to_float32(resample):
+    network = awake(UNet(**SMALL | {"resample": resample}))
     z, logsnr = torch.randn(2, 1, 16, 16), torch.zeros(2)
     with torch.autocast("cpu", torch.bfloat16):
         low = network(z, logsnr)
@@ -248,8 +289,9 @@ def test_bf16_autocast_is_close_to_float32():
 
 
 @pytest.mark.slow
-def test_the_compiled_network_is_the_eager_one():
-    network = awake(UNet(**SMALL))
+@pytest.mark.parametrize("resample", RESAMPLES)
+def test_the_compiled_network_is_the_eager_one(resample):
+    network = awake(UNet(**SMALL | {"resample": resample}))
     z, logsnr = torch.randn(2, 1, 16, 16), torch.tensor([-1.0, 2.0])
     compiled = torch.compile(network)
     torch.testing.assert_close(compiled(z, logsnr), network(z, logsnr), rtol=1e-4, atol=1e-5)
@@ -257,9 +299,7 @@ def test_the_compiled_network_is_the_eager_one():
 
 @pytest.mark.slow
 def test_the_tutorials_network_learns_in_a_full_sized_update():
-    sizes = {"image_size": 32, "channels": 128, "channel_multipliers": [1, 2, 2, 2]}
-    sizes |= {"blocks_per_level": 2, "attention_resolutions": [16]}
-    network = UNet(**SMALL | sizes)
+    network = UNet(**SMALL | TUTORIAL)
     z, logsnr = torch.randn(4, 1, 32, 32), torch.zeros(4)
     optimizer = torch.optim.Adam(network.parameters(), 2e-4)
     losses = []
@@ -289,12 +329,13 @@ print(counts)
 
 
 @pytest.mark.slow
-def test_the_stages_of_a_ladder_share_their_compiled_graphs():
+@pytest.mark.parametrize("resample", RESAMPLES)
+def test_the_stages_of_a_ladder_share_their_compiled_graphs(resample):
     """Torch compiles a function eight times at most, and then no more: a ladder has ten stages.
 
     In a process of its own, as the checks of conftest.py break the graphs.
     """
-    code = COUNT_GRAPHS.replace("SIZES", repr(SMALL))
+    code = COUNT_GRAPHS.replace("SIZES", repr(SMALL | {"resample": resample}))
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[0] == str([2] * 10)

@@ -44,8 +44,11 @@ def test_every_config_of_the_repository_is_valid(path):
 
 def test_the_tutorials_config_is_the_tutorials_recipe():
     config = load_config(CONFIGS / "ddpm_32x32_v_continuous.yaml")
-    assert config == Config(), "the defaults are the tutorial's recipe"
     model = config.model
+    assert model.resample == "plain"
+    assert differences(config, Config(), tuple(Config.model_fields)) == ["model.resample"]
+    network = build_network(config, torch.device("meta"))
+    assert sum(p.numel() for p in network.parameters()) == 35_204_609
     assert (model.channels, model.channel_multipliers) == (128, (1, 2, 2, 2))
     assert (model.blocks_per_level, model.attention_resolutions) == (2, (16,))
     assert (model.attention_heads, model.dropout) == (2, 0.1)
@@ -54,6 +57,11 @@ def test_the_tutorials_config_is_the_tutorials_recipe():
     assert config.sampling.steps == 1024
     assert config.distillation.ladder() == (512, 256, 128, 64, 32, 16, 8)
     assert config.distillation.stage(0) == (5000, 1e-4, 1.0)
+
+
+def test_a_config_without_resample_keeps_its_residual_blocks():
+    network = build_network(make_config({"model": {}}, "x.yaml"), torch.device("meta"))
+    assert sum(p.numel() for p in network.parameters()) == 42_850_817
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,8 @@ def test_the_tutorials_config_is_the_tutorials_recipe():
         ({"data": {"channels": 2}}, "data.channels", "1 or 3"),
         ({"data": {"name": "mnits"}}, "data.name", "mnist, fashion_mnist"),
         ({"diffusion": {"prediction": "u"}}, "diffusion.prediction", "x, eps, v, both"),
+        ({"diffusion": {"logsnr_min": -20.5}}, "diffusion.logsnr_min", "or equal to -20"),
+        ({"diffusion": {"logsnr_max": 20.5}}, "diffusion.logsnr_max", "less than or equal to 20"),
         ({"sampling": {"sampler": "ddpm"}}, "sampling.sampler", "ddim, ancestral"),
         ({"data": {"image_size": 30}}, "data.image_size", "not divisible by 8"),
         ({"model": {"patch_size": 3}}, "data.image_size", "not divisible by 24"),
