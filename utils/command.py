@@ -8,15 +8,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 # Ctrl-C, a closed terminal, kill, a batch system's limit of CPU time: each ends a run with a save.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGXCPU)
+STALLED = 10  # seconds without an image, after a request to stop
 GO_ON = "run the same command again to go on"
 
 
@@ -26,6 +27,10 @@ class InputError(Exception):
 
 class DamagedCheckpoint(InputError):
     """A checkpoint that cannot be read whole: there may be one before it."""
+
+
+class DataError(InputError):
+    """An image cannot be read. Raised between two updates, so that what was learnt can be saved."""
 
 
 class Stopped(Exception):
@@ -258,14 +263,18 @@ def handled(number: int, handler: Handler) -> Iterator[None]:
         signal.signal(number, before)
 
 
+Batch = TypeVar("Batch")
+
+
 class StopRequest:
     """Whether a signal to stop has come; asked at the end of each update, when a save is whole.
 
-    urgent: nothing would be lost now, so that a signal need not wait.
+    urgent: nothing would be lost now, so that a signal need not wait. waiting: for the next images,
+    between two updates; if none come for STALLED seconds after a request, DataError is raised.
     """
 
     def __init__(self) -> None:
-        self.requested = self.urgent = self.insisted = False
+        self.requested = self.urgent = self.insisted = self.waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Only people insist: of a closed terminal the shell tells too, of CPU time each second.
@@ -277,6 +286,24 @@ class StopRequest:
             self.requested = True
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, b"\nstopping after this update; once more to stop without saving\n")
+            signal.setitimer(signal.ITIMER_REAL, STALLED)
+
+    def between(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; waiting is set while the next one is waited for."""
+        iterator = iter(batches)
+        while True:
+            self.waiting = True
+            try:
+                batch = next(iterator, None)
+            finally:
+                self.waiting = False
+            if batch is None:
+                return
+            yield batch
+
+    def _stalled(self, number: int, frame: FrameType | None) -> None:
+        if self.waiting:
+            raise DataError(f"no image was read in {STALLED:g} seconds")
 
 
 @contextmanager
@@ -286,4 +313,9 @@ def stop_requests() -> Iterator[StopRequest]:
     with ExitStack() as stack:
         for number in STOP_SIGNALS:
             stack.enter_context(handled(number, stop._handle))
-        yield stop
+        stack.enter_context(handled(signal.SIGALRM, stop._stalled))
+        try:
+            yield stop
+        finally:
+            if stop.requested:
+                signal.setitimer(signal.ITIMER_REAL, 0)

@@ -18,9 +18,9 @@ from utils.build import build_schedule, image_shape
 from utils.checkpoint import Checkpoint
 from utils.command import InputError, warn
 from utils.config import Config
-from utils.data import IMAGE_SUFFIXES
 from utils.distributed import World
 from utils.files import atomic_write, make_folder
+from utils.image_folder import IMAGE_SUFFIXES
 from utils.images import by_class, decode, make_grid, save_gif, save_png, to_pillow
 from utils.progress import progress_bar
 from utils.randomness import ImageNoise
