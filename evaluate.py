@@ -52,6 +52,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from utils.checkpoint import load_checkpoint
     from utils.config import load_config
     from utils.distributed import World, join_world
+    from utils.runs import require_no_download
 
     if min(arguments.count, arguments.batch_size, arguments.max_calls or 1) < 1:
         raise InputError("--count, --batch_size, --max_calls: take at least 1")
@@ -69,6 +70,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.data_root is not None:
         data = data.model_copy(update={"root": arguments.data_root})
         config = config.model_copy(update={"data": data})
+    elif arguments.config_path is None:
+        require_no_download(data, next(iter(checkpoints)), "--data_root DIR")
     require_same_data(checkpoints, data)
     jobs = plan_jobs(
         checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
