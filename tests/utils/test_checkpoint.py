@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def saved(tmp_path):
 def at_most_3_gib():
     """What asks for more memory than that gets none, and what waits is ended."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30, before[1]))
     with handled(signal.SIGALRM, lambda *_: pytest.fail("hangs")):
         signal.alarm(60)
@@ -126,8 +127,6 @@ class Hostile:
     ],
 )
 def test_what_is_no_checkpoint_is_refused_unexecuted(tmp_path, content, hint):
-    from pathlib import Path
-
     path = tmp_path / "a.pt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=hint):
