@@ -50,7 +50,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
     from utils.build import build_dataset
-    from utils.checkpoint import load_checkpoint
+    from utils.checkpoint import load_checkpoint, require_name
     from utils.config import write_yaml
     from utils.distributed import join_world
     from utils.runs import distillation_config, require_same_ladder
@@ -71,6 +71,7 @@ def distill(arguments: argparse.Namespace) -> None:
     name = arguments.config_path.stem if arguments.config_path else base.name
     if base.kind == "student" and arguments.config_path is None:
         name = f"{name}-from-{base.num_steps}-steps"
+    require_name(name, arguments.config_path or base_path)
     output = arguments.output or Path(f"output/distilled/{name}")
     if base_path.parent.resolve() == output.resolve():
         raise InputError(

@@ -67,7 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from utils.config import load_config
     from utils.distributed import World, join_world
     from utils.files import make_folder
-    from utils.runs import require_no_run
+    from utils.runs import require_no_download, require_no_run
 
     output = arguments.output
     require_no_run(output)
@@ -82,6 +82,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.data_root is not None:
         data = data.model_copy(update={"root": str(arguments.data_root)})
         config = config.model_copy(update={"data": data})
+    elif arguments.config_path is None:
+        require_no_download(data, next(iter(checkpoints)), "--data_root DIR")
     require_same_data(checkpoints, data)
     jobs = plan_jobs(
         checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls

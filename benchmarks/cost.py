@@ -134,7 +134,8 @@ def cost_of(config: Any) -> dict[str, float]:
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.flop_counter import FlopCounterMode
 
-    from utils.build import build_network, image_shape
+    from utils.build import image_shape
+    from utils.network import build_network
 
     device = torch.device("meta")
     network = build_network(config, device)

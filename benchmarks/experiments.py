@@ -244,14 +244,9 @@ def cpu_seconds(config: "Config", teacher: "Checkpoint | None" = None) -> float:
     """The CPU time of an update, over some that are not the first. teacher: of distillation's."""
     import torch
 
-    from utils.build import (
-        build_dataset,
-        build_denoiser,
-        build_network,
-        build_schedule,
-        load_denoiser,
-    )
+    from utils.build import build_dataset, build_denoiser, build_schedule, load_denoiser
     from utils.distributed import World
+    from utils.network import build_network
     from utils.training import (
         Plan,
         Trainee,

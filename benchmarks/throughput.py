@@ -124,7 +124,7 @@ class Bench:
         """A network of the config, no part of which is zero: that would be cheap."""
         import torch
 
-        from utils.build import build_network
+        from utils.network import build_network
 
         made = build_network(self.config, self.device, dropout=0.0)
         for parameter in made.parameters():

@@ -109,10 +109,10 @@ class DataConfig(Section):
 
     name: DatasetName = "mnist"
     root: PathName = "data"
-    image_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    image_size: Annotated[int, Field(ge=1, le=1024)] = 32
     channels: Literal[1, 3] = 1
     horizontal_flip: bool = False
-    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    workers: Annotated[int, Field(ge=0, le=64)] = 2
 
 
 class ModelConfig(Section):
@@ -233,7 +233,7 @@ class SamplingConfig(Section):
     steps: Annotated[int, Field(ge=1, le=2**20)] = 1024
     sampler: SamplerName = "ddim"
     clip: bool = True
-    grid: Annotated[int, Field(ge=1, le=4096)] = 64
+    grid: Annotated[int, Field(ge=1, le=1024)] = 64
 
 
 class EngineConfig(Section):
@@ -431,7 +431,7 @@ def make_config(values: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(f"{where}: {_explain(error)}") from None
+        raise InputError(f"{where}: {explain(error)}") from None
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -440,7 +440,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return make_config(read_yaml(path, overrides), where)
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """The first of the errors in one line: key, what is wrong, what would be right."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
     for one in error.errors():
@@ -452,6 +452,8 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _nearest_key(path)
+    elif first["type"] == "missing":
+        message = "missing"
     elif first["type"] != "value_error" or len(path) > 1:
         # of a constraint between keys the message itself names them and the values
         message = f"{message[0].lower()}{message[1:]} (it is {_shortened(first['input'])})"

@@ -240,25 +240,9 @@ def state_dict_of(parameters: Parameters, levels: int, path: Path) -> State:
 
 def require_fit(state: State, config: Any, path: Path, config_path: Path) -> None:
     """Raises InputError that says which weights are missing, left over, or of another shape."""
-    import torch
+    from utils.network import misfit
 
-    from utils.build import build_network
-
-    wanted = build_network(config, torch.device("meta")).state_dict()
-    wrong = {
-        "missing": [name for name in wanted if name not in state],
-        "left over": [name for name in state if name not in wanted],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    found = "; ".join(
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ..' if len(names) > 3 else ''}"
-        for what, names in wrong.items()
-        if names
-    )
+    found = misfit(state, config)
     if found:
         raise InputError(f"{path}: not the network of {config_path}: {found}")
 

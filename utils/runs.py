@@ -10,7 +10,14 @@ from pathlib import Path
 
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command import DamagedCheckpoint, InputError, warn
-from utils.config import Config, differences, load_config, make_config, override
+from utils.config import (
+    Config,
+    DataConfig,
+    differences,
+    load_config,
+    make_config,
+    override,
+)
 from utils.files import make_folder
 from utils.metrics import read_metrics
 
@@ -226,6 +233,8 @@ def distillation_config(
     asked = any(item.startswith("data.root=") for item in overrides)
     if asked or given.data.name == data.name:  # the folder of other data is no use
         data = data.model_copy(update={"root": given.data.root})
+    if not asked and (config_path is None or given.data.name != data.name):
+        require_no_download(data, teacher_path, "--set data.root=DIR")
     return teacher.config.model_copy(
         update={
             "distillation": given.distillation,
@@ -234,6 +243,21 @@ def distillation_config(
             "data": data,
         }
     )
+
+
+READ_ONLY = ("mnist", "colored_mnist", "image_folder")  # data sets that nothing is downloaded of
+
+
+def require_no_download(data: DataConfig, where: Path, option: str) -> None:
+    """Raises InputError if data may be downloaded into a folder that only a checkpoint names.
+
+    option: by which the user names it.
+    """
+    if data.name not in READ_ONLY and data.root != DataConfig().root:
+        raise InputError(
+            f"{where}: data.root: {data.root!r} is the checkpoint's, and {data.name} may be "
+            f"downloaded into it; name the folder yourself ({option})"
+        )
 
 
 def reference_steps(teacher: Checkpoint, config: Config) -> int:

@@ -130,9 +130,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> 
     """Puts the optimiser where it was saved, its moments in the memory format of the parameters.
 
     They may have been saved on another kind of device, with another format, and a fused Adam goes
-    through both as they lie in memory.
+    through both as they lie in memory. The hyperparameters stay the optimiser's own. Raises
+    ValueError for moments of other parameters.
     """
-    optimizer.load_state_dict(stored)
+    groups = optimizer.state_dict()["param_groups"]
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    moments = stored.get("state")
+    if not isinstance(moments, dict) or (moments and moments.keys() != set(range(len(shapes)))):
+        raise ValueError(f"not the state of {len(shapes)} parameters")
+    for n, state in moments.items():
+        wanted = {"step": torch.Size([]), "exp_avg": shapes[n], "exp_avg_sq": shapes[n]}
+        if not isinstance(state, dict) or wanted != {
+            name: value.shape for name, value in state.items() if isinstance(value, Tensor)
+        }:
+            raise ValueError(f"not the moments of parameter {n}, of shape {tuple(shapes[n])}")
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
