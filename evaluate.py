@@ -109,9 +109,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
         results = measure_all(jobs, foreign, extract, real, alone, output)
     say("\n\n".join(["", markdown(results), summary(results)]).rstrip())
-    written = [name for name in WRITTEN if (output / name).exists()]
+    written = [str(output / name) for name in WRITTEN if (output / name).exists()]
     drawn = f"; the images drawn are in {gallery.folder}" if jobs else ""
-    say(f"\nwritten into {output}: {', '.join(written)}{drawn}")
+    say(f"\nwritten: {', '.join(written)}{drawn}")
 
 
 if __name__ == "__main__":

@@ -269,12 +269,13 @@ def test_the_last_line_says_what_is_there(workshop, tmp_path, capsys):
     given = ("--images", tmp_path / "a|b.NPZ", "--config_path", workshop["config"])
     assert run(evaluate, *given, "--output", out) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == f"written into {out}: results.md, results.json, results.csv"
+    tables = [str(out / f"results.{ending}") for ending in ("md", "json", "csv")]
+    assert said.splitlines()[-1] == f"written: {', '.join(tables)}"
     assert r"| a\|b | 10 |" in said
     student = ("--checkpoint", workshop["published"][2], "--count", 10)
     assert run(evaluate, *student, "--output", out) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith(f", distances.png; the images drawn are in {out / 'images'}")
+    assert last.endswith(f", {out / 'distances.png'}; the images drawn are in {out / 'images'}")
     assert len(list((out / "images").iterdir())) == 1
 
 

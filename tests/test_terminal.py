@@ -1,6 +1,7 @@
 """What the scripts print, and where: closed, full and old terminals; signals; torchrun's names."""
 
 import errno
+import importlib
 import io
 import os
 import signal
@@ -294,3 +295,27 @@ def test_streams_are_as_before_after_an_error():
     with pytest.raises(KeyError), safe_streams():
         raise KeyError
     assert (sys.stdout, sys.stderr) == before
+
+
+# --- numbers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("sample", ["--count", "--batch_size", "--seed", "--steps"]),
+        ("evaluate", ["--count", "--batch_size", "--seed", "--steps", "--max_calls"]),
+        ("evaluation.digits", ["--epochs"]),
+        ("benchmarks.cost", ["--gpus"]),
+        ("benchmarks.experiments", ["--seconds", "--count", "--steps"]),
+        ("benchmarks.steps", ["--count"]),
+        ("benchmarks.throughput", ["--rounds", "--steps"]),
+    ],
+)
+def test_every_whole_number_has_a_range(capsys, script, options):
+    for option in options:
+        for value in (10**19, -(10**19), "x"):
+            assert importlib.import_module(script).main([f"{option}={value}"]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: {option} {value}: take a whole number from ")
+            assert said.count("\n") == 1

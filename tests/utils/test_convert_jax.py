@@ -1,6 +1,7 @@
 """The original's checkpoints, read without JAX: values, every way they are written, and damage."""
 
 import copy
+import os
 import pickle
 from math import inf
 
@@ -15,6 +16,7 @@ from tests.toys import GOLDEN, golden
 from utils import convert_jax
 from utils.build import build_network
 from utils.checkpoint import load_checkpoint
+from utils.command import InputError
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -244,3 +246,9 @@ def test_truncated_files_are_one_line(run):
     whole = (GOLDEN / "checkpoint.msgpack").read_bytes()
     for share in (0.1, 0.5, 0.99):
         assert "truncated, or no msgpack file" in run(whole[: int(len(whole) * share)])
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.msgpack")
+    with pytest.raises(InputError, match=r"a\.msgpack: not a regular file"):
+        convert_jax.read_msgpack(tmp_path / "a.msgpack")
