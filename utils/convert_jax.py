@@ -37,12 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Reads, checks every name and shape, and writes."""
-    from utils.checkpoint import Checkpoint, publish_checkpoint
+    from utils.checkpoint import Checkpoint, publish_checkpoint, require_name
     from utils.config import load_config
 
     if arguments.output.suffix != ".safetensors":
         raise InputError(f"--output {arguments.output}: give a name that ends in .safetensors")
     config = load_config(arguments.config_path, arguments.set)
+    require_name(arguments.config_path.stem, arguments.config_path)
     content = read_msgpack(arguments.checkpoint)
     weights = content.get("ema_params")
     if not isinstance(weights, dict):
@@ -53,9 +54,9 @@ def convert(arguments: argparse.Namespace) -> None:
     model = state_dict_of(weights, levels, arguments.checkpoint)
     require_fit(model, config, arguments.checkpoint, arguments.config_path)
     update, steps = content.get("step"), content.get("num_sample_steps")
-    for name, value in (("step", update), ("num_sample_steps", steps)):
-        if not (value is None or (isinstance(value, int) and value >= 0)):
-            raise InputError(f"{arguments.checkpoint}: {name} is no whole number")
+    for name, value, most in (("step", update, 2**31), ("num_sample_steps", steps, 2**20)):
+        if not (value is None or (isinstance(value, int) and 0 <= value <= most)):
+            raise InputError(f"{arguments.checkpoint}: {name} is no whole number up to {most}")
     num_steps = int(steps) if steps else None
     checkpoint = Checkpoint(
         kind="base" if num_steps is None else "student",

@@ -193,10 +193,13 @@ def test_arrays_of_no_dimension_are_numbers(run, content):
     assert load_checkpoint(path).num_steps == 8
     path.unlink()
 
-    def change_to_text(content):
-        content["num_sample_steps"] = "four"
+    for value in ("four", 2**20 + 1, -1):
 
-    assert "num_sample_steps is no whole number" in run(rewritten(content, change_to_text))
+        def change_to_other(content, value=value):
+            content["num_sample_steps"] = value
+
+        line = run(rewritten(content, change_to_other))
+        assert "num_sample_steps is no whole number up to 1048576" in line
 
 
 class Hostile:
