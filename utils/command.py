@@ -286,7 +286,8 @@ class StopRequest:
             self.requested = True
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, b"\nstopping after this update; once more to stop without saving\n")
-            signal.setitimer(signal.ITIMER_REAL, STALLED)
+            if signal.getsignal(signal.SIGALRM) == self._stalled:
+                signal.setitimer(signal.ITIMER_REAL, STALLED)
 
     def between(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; waiting is set while the next one is waited for."""
