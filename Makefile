@@ -22,7 +22,7 @@ help:
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
-	@echo 'make torture      200 kills, 1,000 damaged files, 10,000 configs (about half an hour)'
+	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
 	@echo 'make mutants      break the formulas on purpose and see the tests fail'
 	@echo 'make format       format the code'
 	@echo 'make clean        delete the virtual environment and the caches; results in output/ stay'
@@ -92,7 +92,7 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
 torture: $(VENV)/.installed-dev
-	KILLS=200 DAMAGED=1000 CONFIG_EXAMPLES=10000 $(BIN)/python -m pytest -s tests/test_kills.py \
+	KILLS=200 DAMAGED=1000 HOSTILE=200 CONFIG_EXAMPLES=10000 $(BIN)/python -m pytest -s tests/test_kills.py \
 		tests/test_hostile.py tests/test_configs.py
 
 mutants: $(VENV)/.installed-dev

@@ -4,7 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import InputError, add_common_arguments, parse, run_command, say, to_go_on
+from utils.command import (
+    InputError,
+    add_common_arguments,
+    parse,
+    path_name,
+    run_command,
+    say,
+    to_go_on,
+)
 
 DESCRIPTION = """\
 Progressive distillation: each stage copies its teacher into a student that learns to match two
@@ -15,10 +23,12 @@ and pictures of the ladder; run the same command again to go on."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and distils. Returns the exit code: 0, 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--teacher_model_checkpoint", type=Path, required=True, metavar="FILE.pt")
+    parser.add_argument(
+        "--teacher_model_checkpoint", type=path_name, required=True, metavar="FILE.pt"
+    )
     parser.add_argument(
         "--config_path",
-        type=Path,
+        type=path_name,
         metavar="FILE.yaml",
         help="of it distillation, sampling, engine, data.root and data.workers are read",
     )
@@ -40,9 +50,10 @@ def distill(arguments: argparse.Namespace) -> None:
     from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
     from utils.build import build_dataset
-    from utils.checkpoint import load_checkpoint
+    from utils.checkpoint import load_checkpoint, require_name
+    from utils.config import write_yaml
     from utils.distributed import join_world
-    from utils.runs import distillation_config
+    from utils.runs import distillation_config, require_same_ladder
     from utils.stages import Run, begun, train_student
     from utils.training import own_rows
 
@@ -54,9 +65,13 @@ def distill(arguments: argparse.Namespace) -> None:
     if arguments.distillation_iterations is not None:
         overrides.append(f"distillation.iterations={arguments.distillation_iterations}")
     config = distillation_config(base, base_path, arguments.config_path, overrides)
+    if arguments.print_config:
+        say(write_yaml(config))
+        return
     name = arguments.config_path.stem if arguments.config_path else base.name
     if base.kind == "student" and arguments.config_path is None:
         name = f"{name}-from-{base.num_steps}-steps"
+    require_name(name, arguments.config_path or base_path)
     output = arguments.output or Path(f"output/distilled/{name}")
     if base_path.parent.resolve() == output.resolve():
         raise InputError(
@@ -68,6 +83,8 @@ def distill(arguments: argparse.Namespace) -> None:
         own_rows(recipe.batch_size, recipe.accumulate, world)  # or refused, before all else
         run = Run(config, name, output, world, build_dataset(config, world.device))
         with begun(run, "student-", arguments.restart):
+            if world.leads:
+                require_same_ladder(output, recipe.ladder(), base.stage + 1)
             report = LadderReport(run, base, base_path)
             teacher = base
             for position in range(len(recipe.ladder())):

@@ -4,12 +4,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import GO_ON, InputError, add_device_argument, parse, run_command, say
+from utils.command import (
+    GO_ON,
+    SEED,
+    InputError,
+    add_device_argument,
+    parse,
+    path_name,
+    run_command,
+    say,
+    whole_number,
+)
 
 DESCRIPTION = """\
 Draw images from checkpoints, all from the same noise, and compare them with real ones. Writes
 results.md, .json, .csv and distances.png into the output folder, whose earlier rows stay; run the
 same command again to go on after a stop."""
+COUNT = "images of each (5000), drawn by 125"
+CALLS = "fewer images where steps x images is more"
+WRITTEN = ("results.md", "results.json", "results.csv", "distances.png")
 KEPT = f"the images drawn so far are kept: {GO_ON}"
 
 
@@ -17,18 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line and measures. Returns the exit code: 0, 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     add = parser.add_argument
-    add("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE", help="models, students")
-    add("--images", type=Path, nargs="+", default=[], metavar="X", help="folders or .npz files")
-    add("--steps", type=int, nargs="+", metavar="N", help="of base models; a student has its own")
+    size, file = whole_number(1, 2**20), path_name
+    add("--checkpoint", type=file, nargs="+", default=[], metavar="FILE", help="models, students")
+    add("--images", type=file, nargs="+", default=[], metavar="X", help="folders or .npz files")
+    add("--steps", type=size, nargs="+", metavar="N", help="of base models; a student has its own")
     add("--sampler", nargs="+", default=["ddim"], metavar="NAME", help="of base models (ddim)")
-    add("--count", type=int, default=5000, metavar="N", help="images of each (5000), drawn by 125")
-    add("--max_calls", type=int, metavar="M", help="fewer images where steps x images is more")
-    add("--config_path", type=Path, metavar="FILE.yaml", help="what --images are compared with")
+    add("--count", type=whole_number(1, 10**7), default=5000, metavar="N", help=COUNT)
+    add("--max_calls", type=whole_number(1, 2**63), metavar="M", help=CALLS)
+    add("--config_path", type=file, metavar="FILE.yaml", help="what --images are compared with")
     add("--features", help="digits (of MNIST) or inception; by default what fits the data")
-    add("--data_root", metavar="DIR", help="where the real images lie, if not where they lay")
-    add("--seed", type=int, default=0, help="of the noise (0)")
-    add("--batch_size", type=int, default=125, metavar="B", help="images at a time (125)")
-    add("--output", type=Path, default=Path("output/evaluation"), metavar="DIR")
+    add("--data_root", type=file, metavar="DIR", help="folder of the real images, if it has moved")
+    add("--seed", type=SEED, default=0, help="of the noise (0)")
+    add("--batch_size", type=size, default=125, metavar="B", help="images at a time (125)")
+    add("--output", type=file, default=Path("output/evaluation"), metavar="DIR")
     add_device_argument(parser)
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
@@ -52,12 +66,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from utils.checkpoint import load_checkpoint
     from utils.config import load_config
     from utils.distributed import World, join_world
+    from utils.files import make_folder
+    from utils.runs import require_no_download, require_no_run
 
-    if min(arguments.count, arguments.batch_size, arguments.max_calls or 1) < 1:
-        raise InputError("--count, --batch_size, --max_calls: take at least 1")
-    if any(not 1 <= steps <= 2**20 for steps in arguments.steps or []):
-        raise InputError(f"--steps: take from 1 to {2**20}")
     output = arguments.output
+    require_no_run(output)
     checkpoints = {path: load_checkpoint(path) for path in arguments.checkpoint}
     if arguments.config_path is not None:
         config = load_config(arguments.config_path, [])
@@ -67,8 +80,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise InputError("--checkpoint: give checkpoints, or --images with --config_path")
     data = config.data
     if arguments.data_root is not None:
-        data = data.model_copy(update={"root": arguments.data_root})
+        data = data.model_copy(update={"root": str(arguments.data_root)})
         config = config.model_copy(update={"data": data})
+    elif arguments.config_path is None:
+        require_no_download(data, next(iter(checkpoints)), "--data_root DIR")
     require_same_data(checkpoints, data)
     jobs = plan_jobs(
         checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
@@ -86,6 +101,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
         real = real_images(config)
+        make_folder(output)
         known_results(output, extract, real)  # or refused, before hours of drawing
         draw_all(jobs, gallery)
         if not world.leads:
@@ -93,10 +109,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
         results = measure_all(jobs, foreign, extract, real, alone, output)
     say("\n\n".join(["", markdown(results), summary(results)]).rstrip())
-    say(
-        f"\nwritten: {output}/results.md, .json, .csv and distances.png; "
-        f"the images are in {output}/images"
-    )
+    written = [str(output / name) for name in WRITTEN if (output / name).exists()]
+    drawn = f"; the images drawn are in {gallery.folder}" if jobs else ""
+    say(f"\nwritten: {', '.join(written)}{drawn}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from utils.command import add_common_arguments, parse, run_command, say, to_go_on
+from utils.command import (
+    InputError,
+    add_common_arguments,
+    parse,
+    path_name,
+    run_command,
+    say,
+    to_go_on,
+)
 
 DESCRIPTION = """\
 Train a diffusion model as a YAML file says. Writes diffusion-<update>.pt and a grid of samples
@@ -15,7 +23,14 @@ every training.checkpoint_every updates and at the end; run the same command aga
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains. Returns the exit code: 0, 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--config_path", type=Path, required=True, metavar="FILE.yaml")
+    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
+    parser.add_argument(
+        "--initialise",
+        type=path_name,
+        metavar="FILE",
+        help="begin with the weights of a checkpoint (.pt or .safetensors; its average where it "
+        "has one) instead of random ones; give it again to go on",
+    )
     add_common_arguments(parser)
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
@@ -27,19 +42,27 @@ def train(arguments: argparse.Namespace) -> None:
     """Trains the base model to the end of its plan, from its newest checkpoint if there is one."""
     from evaluation.curves import draw_loss_curve
     from utils.build import build_dataset
-    from utils.config import load_config
+    from utils.checkpoint import load_checkpoint, require_name
+    from utils.config import load_config, write_yaml
     from utils.distributed import join_world
     from utils.stages import Run, begun, train_base
     from utils.training import own_rows
 
     config = load_config(arguments.config_path, arguments.set)
-    name = arguments.config_path.stem
+    if arguments.print_config:
+        say(write_yaml(config))
+        return
+    name, file = arguments.config_path.stem, arguments.initialise
+    require_name(name, arguments.config_path)
     output = arguments.output or Path(config.output or f"output/{name}")
+    initial = None if file is None else (file, load_checkpoint(file))
+    if file is not None and file.parent.resolve() == output.resolve():
+        raise InputError(f"{file}: lies in {output}, the folder of the new run; give another one")
     with join_world(arguments.device) as world:
         own_rows(config.training.batch_size, config.training.accumulate, world)  # or refused
         run = Run(config, name, output, world, build_dataset(config, world.device))
         with begun(run, "diffusion-", arguments.restart):
-            checkpoint = train_base(run)
+            checkpoint = train_base(run, initial)
             if world.leads:
                 draw_loss_curve(output)
     say(
@@ -54,7 +77,7 @@ def next_command(arguments: argparse.Namespace, checkpoint: Path) -> str:
     if not arguments.set:
         command += ["--config_path", str(arguments.config_path)]
     if arguments.output is not None:
-        command += ["--output", f"output/distilled/{arguments.output.name}"]
+        command += ["--output", f"output/distilled/{arguments.output.resolve().name}"]
     return shlex.join(command)
 
 

@@ -6,10 +6,9 @@ network takes seconds and no hardware.
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from utils.command import InputError, parse, run_command
+from utils.command import InputError, parse, path_name, run_command, whole_number
 
 DESCRIPTION = """\
 Count parameters, arithmetic and memory of the networks of configs, for one image in float32,
@@ -32,8 +31,12 @@ H100 = {"tf32": 495.0, "fp32": 67.0, "bf16": 989.0, "fp16": 989.0}  # TFLOP/s, d
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and counts. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--config_path", type=Path, nargs="+", required=True, metavar="FILE.yaml")
-    parser.add_argument("--gpus", type=int, metavar="N", help="estimate the runs on N GPUs")
+    parser.add_argument(
+        "--config_path", type=path_name, nargs="+", required=True, metavar="FILE.yaml"
+    )
+    parser.add_argument(
+        "--gpus", type=whole_number(1, 2**20), metavar="N", help="estimate the runs on N GPUs"
+    )
     parser.add_argument(
         "--tflops",
         type=float,
@@ -55,8 +58,6 @@ def print_costs(arguments: argparse.Namespace) -> None:
     """A row of each table for each config."""
     from utils.config import load_config
 
-    if arguments.gpus is not None and arguments.gpus < 1:
-        raise InputError(f"--gpus {arguments.gpus}: take at least 1")
     if (
         min(
             1 if arguments.tflops is None else arguments.tflops,
@@ -133,7 +134,8 @@ def cost_of(config: Any) -> dict[str, float]:
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.flop_counter import FlopCounterMode
 
-    from utils.build import build_network, image_shape
+    from utils.build import image_shape
+    from utils.network import build_network
 
     device = torch.device("meta")
     network = build_network(config, device)

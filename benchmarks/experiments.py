@@ -17,7 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.command import GO_ON, INTERRUPTED, OK, InputError, Stopped, parse, run_command, say
+from utils.command import (
+    GO_ON,
+    INTERRUPTED,
+    OK,
+    InputError,
+    Stopped,
+    parse,
+    path_name,
+    run_command,
+    say,
+    whole_number,
+)
 from utils.files import write_text
 
 if TYPE_CHECKING:
@@ -84,11 +95,18 @@ def make_parser(
     """
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
-    add("--seconds", type=int, default=seconds, help=f"of CPU time for each ({seconds})")
-    add("--count", type=int, default=1000, help="samples of each (1000)")
+    add(
+        "--seconds",
+        type=whole_number(1, 2**20),
+        default=seconds,
+        help=f"of CPU time for each ({seconds})",
+    )
+    add("--count", type=whole_number(1, 10**7), default=1000, help="samples of each (1000)")
     if steps is not None:
-        add("--steps", type=int, default=steps, help=f"of the samplers ({steps})")
-    add("--output", type=Path, default=Path(output))
+        add(
+            "--steps", type=whole_number(1, 2**20), default=steps, help=f"of the samplers ({steps})"
+        )
+    add("--output", type=path_name, default=Path(output))
     add("--table", action="store_true", help="only print what is known so far")
     return parser
 
@@ -226,14 +244,9 @@ def cpu_seconds(config: "Config", teacher: "Checkpoint | None" = None) -> float:
     """The CPU time of an update, over some that are not the first. teacher: of distillation's."""
     import torch
 
-    from utils.build import (
-        build_dataset,
-        build_denoiser,
-        build_network,
-        build_schedule,
-        load_denoiser,
-    )
+    from utils.build import build_dataset, build_denoiser, build_schedule, load_denoiser
     from utils.distributed import World
+    from utils.network import build_network
     from utils.training import (
         Plan,
         Trainee,

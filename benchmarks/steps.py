@@ -21,7 +21,7 @@ from diffusion.schedule import Schedule, sampling_levels, transition_levels
 from evaluation.gallery import real_images
 from utils.build import build_schedule, image_shape, load_denoiser
 from utils.checkpoint import load_checkpoint
-from utils.command import InputError, parse, run_command, say
+from utils.command import InputError, parse, path_name, run_command, say, whole_number
 from utils.images import encode
 from utils.randomness import ImageNoise, generator
 
@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line and prints the table. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="STUDENT.pt")
-    add("--teacher", type=Path, required=True, metavar="TEACHER.pt", help="of twice its steps")
-    add("--count", type=int, default=200, help="images of each kind (200)")
+    add("--checkpoint", type=path_name, required=True, metavar="STUDENT.pt")
+    add("--teacher", type=path_name, required=True, metavar="TEACHER.pt", help="of twice its steps")
+    add("--count", type=whole_number(1, 10**7), default=200, help="images of each kind (200)")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments

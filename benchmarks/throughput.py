@@ -14,7 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.command import InputError, add_device_argument, parse, run_command
+from utils.command import (
+    add_device_argument,
+    parse,
+    path_name,
+    run_command,
+    whole_number,
+)
 
 DESCRIPTION = """\
 Time a training update, a distillation update and sampling, against the bare networks, the network's
@@ -24,11 +30,15 @@ convolutions alone and a plain training loop. Prints a table and writes JSON."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and measures. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--config_path", type=Path, required=True, metavar="FILE.yaml")
+    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=15, help="repeats of every measure (15)")
-    parser.add_argument("--steps", type=int, default=8, help="sampling steps (8)")
-    parser.add_argument("--output", type=Path, default=Path("output/throughput.json"))
+    parser.add_argument(
+        "--rounds", type=whole_number(1, 2**20), default=15, help="repeats of every measure (15)"
+    )
+    parser.add_argument(
+        "--steps", type=whole_number(1, 2**20), default=8, help="sampling steps (8)"
+    )
+    parser.add_argument("--output", type=path_name, default=Path("output/throughput.json"))
     add_device_argument(parser)
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
@@ -44,8 +54,6 @@ def measure(arguments: argparse.Namespace) -> None:
     from utils.distributed import choose_device
     from utils.files import write_text
 
-    if arguments.rounds < 1 or arguments.steps < 1:
-        raise InputError("--rounds, --steps: take at least 1")
     config = load_config(arguments.config_path, arguments.set)
     device = choose_device(arguments.device)
     torch.manual_seed(0)
@@ -116,7 +124,7 @@ class Bench:
         """A network of the config, no part of which is zero: that would be cheap."""
         import torch
 
-        from utils.build import build_network
+        from utils.network import build_network
 
         made = build_network(self.config, self.device, dropout=0.0)
         for parameter in made.parameters():

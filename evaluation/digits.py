@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.command import InputError, parse, run_command, say
+from utils.command import InputError, parse, path_name, run_command, say, whole_number
 from utils.data import fit, read_mnist
 from utils.files import atomic_write
 from utils.images import encode
@@ -70,10 +70,10 @@ def load_digit_network(device: torch.device, path: Path = WEIGHTS) -> DigitNetwo
 def main(argv: list[str] | None = None) -> int:
     """Trains the classifier and writes its weights. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of mnist/")
+    parser.add_argument("--root", type=path_name, default=Path("data"), help="the folder of mnist/")
     output = Path("output") / WEIGHTS.name
-    parser.add_argument("--output", type=Path, default=output, metavar="FILE.safetensors")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--output", type=path_name, default=output, metavar="FILE.safetensors")
+    parser.add_argument("--epochs", type=whole_number(1, 2**20), default=EPOCHS)
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments

@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +14,21 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evaluation.digits import TRAINED_ON
-from utils.build import build_dataset, load_denoiser
+from utils.build import build_dataset, image_shape, load_denoiser
 from utils.checkpoint import Checkpoint, digest
 from utils.command import InputError
 from utils.config import Config
-from utils.data import ImageFolder, colored_mnist, fit, mnist
+from utils.data import colored_mnist, fit, mnist
 from utils.distributed import World
 from utils.engine import sampling_engine
-from utils.files import atomic_write
+from utils.files import atomic_write, require_regular_file
+from utils.image_folder import ImageFolder
 from utils.progress import progress_bar
 from utils.randomness import generator
 from utils.sampling import SampleRequest
 
 CHUNK = 125  # images a file
+LARGEST_ARRAY = 2**32  # bytes of an .npz that are read: more than 300,000 images of 64x64x3
 DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the frozen classifier knows
 
 
@@ -54,7 +57,9 @@ class Gallery:
         key = self.key(checkpoint, sampler, steps)
         folder = self.folder / f"{where.stem}-{sampler.replace(':', '-')}-{steps}-{key[:12]}"
         parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / CHUNK))]
-        known = {n: images for n, path in enumerate(parts) if (images := _read(path)) is not None}
+        shape = (CHUNK, *image_shape(checkpoint.config))
+        read = ((n, _read(path, shape)) for n, path in enumerate(parts))
+        known = {n: images for n, images in read if images is not None}
         self.world.wait()  # before anybody writes
         missing = [n for n in range(len(parts)) if n not in known]
         if missing:
@@ -88,11 +93,16 @@ class Gallery:
         self.world.wait()
 
 
-def _read(path: Path) -> Tensor | None:
+def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """The images in a file of the gallery; None if it is missing or must be drawn again."""
+    if not path.exists():
+        return None
+    require_regular_file(path)
     try:
-        return load_file(path)["images"] if path.exists() else None
+        images = load_file(path)["images"]
     except (SafetensorError, OSError, KeyError):
-        return None  # damaged: it can be drawn again
+        return None
+    return images if images.shape == shape and images.dtype == torch.uint8 else None
 
 
 def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n c h w"]:
@@ -101,7 +111,7 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
     In no order, as those of a folder may be sorted by class, and parts stand for all of them.
     Raises InputError that names the file and what is wrong.
     """
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         folder = ImageFolder(path, image_size, channels)
         found = [folder[n] for n in range(len(folder))]
         error = next((item for item in found if isinstance(item, InputError)), None)
@@ -109,9 +119,18 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
             raise error
         return _shuffled([item[0] for item in found if not isinstance(item, InputError)])
     try:
+        require_regular_file(path)
+        with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo("arr_0.npy").file_size
+        if size > LARGEST_ARRAY:
+            raise InputError(
+                f"{path}: arr_0 has {size:,} bytes; at most {LARGEST_ARRAY:,} are read"
+            )
         with np.load(path, allow_pickle=False) as file:
             array = file["arr_0"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         raise InputError(f"{path}: not a readable .npz with an array arr_0") from None
     if array.ndim != 4 or array.dtype != np.uint8 or array.shape[3] not in (1, 3) or not len(array):
         raise InputError(

@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from pydantic import TypeAdapter
 
 from evaluation.quality import Quality
-from utils.command import InputError
-from utils.files import atomic_write, write_text
+from utils.command import InputError, printable
+from utils.files import atomic_write, require_regular_file, write_text
 
 FLOOR = "real images"
 DISTILLED = ": distilled"
@@ -45,7 +47,7 @@ class Row:
     """
 
     name: str
-    kind: str
+    kind: Literal["base", "student", "images", "floor"]
     sampler: str
     steps: int | None
     quality: Quality
@@ -103,11 +105,11 @@ def read_results(path: Path) -> Results | None:
     """The results of an earlier call in this folder. Raises InputError if they are damaged."""
     if not path.exists():
         return None
+    require_regular_file(path)
     try:
         values = json.loads(path.read_text())
-        rows = [Row(**{**row, "quality": Quality(**row["quality"])}) for row in values["rows"]]
-        return Results(values["features"], values["reference"], rows)
-    except (ValueError, TypeError, KeyError):
+        return TypeAdapter(Results).validate_python(values)
+    except (ValueError, RecursionError):
         raise InputError(f"{path}: damaged; delete it to measure anew") from None
 
 
@@ -116,16 +118,17 @@ def write_results(folder: Path, results: Results) -> None:
     rows = [asdict(row) for row in results.rows]
     values = {"features": results.features, "reference": dict(results.reference), "rows": rows}
     write_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
-    parts = (summary(results), markdown(results), "![distances](distances.png)")
+    picture = "![distances](distances.png)" if by_curve(results) else ""
+    parts = (summary(results), markdown(results), picture)
     write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n")
     write_text(folder / "results.csv", _csv(results.rows))
     draw_distances(folder / "distances.png", results)
 
 
 COLUMNS = {
-    "run": lambda r: r.run,
-    "checkpoint": lambda r: r.name,
-    "sampler": lambda r: r.sampler,
+    "run": lambda r: _cell(r.run),
+    "checkpoint": lambda r: _cell(r.name),
+    "sampler": lambda r: _cell(r.sampler),
     "steps": lambda r: "" if r.steps is None else str(r.steps),
     "n": lambda r: f"{r.quality.count:,}",
     "Frechet distance": lambda r: f"{r.quality.frechet:.3f} ± {r.quality.frechet_interval:.3f}",
@@ -147,6 +150,11 @@ COLUMNS = {
         f"{share:.3f}" for share in (r.memorised_pixels, r.memorised_features) if share is not None
     ),
 }
+
+
+def _cell(text: str) -> str:
+    """A name that neither ends a cell of a Markdown table nor its line, nor tells a terminal."""
+    return printable(text).replace("\n", r"\n").replace("|", r"\|")
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -206,7 +214,7 @@ def summary(results: Results) -> str:
         f"Frechet distances, n = {count:,} where no other is said; in brackets a student's over "
         "that of its base model at its most steps:",
         "",
-        f"| steps | {' | '.join(titles)} |",
+        f"| steps | {' | '.join(map(_cell, titles))} |",
         f"|{'---:|' * (len(titles) + 1)}",
     ]
     for steps in sorted({steps for points in curves.values() for steps in points}, reverse=True):
@@ -238,6 +246,12 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def _label(title: str) -> str:
+    """A name as text alone, where matplotlib reads formulas, and a _ at its head as no label."""
+    shown = printable(title).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def draw_distances(path: Path, results: Results) -> None:
     """The Frechet distance by sampling steps, log-log, with intervals, and the floor as a line."""
     from matplotlib.figure import Figure
@@ -258,7 +272,7 @@ def draw_distances(path: Path, results: Results) -> None:
             markersize=4,
             capsize=3,
             linewidth=2 if title.endswith(DISTILLED) else 1.2,
-            label=title,
+            label=_label(title),
         )
     floors = {r.quality.count: r.quality.frechet for r in results.rows if r.kind == "floor"}
     if floors:

@@ -10,17 +10,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion.gaussian import Denoiser
-from utils.build import (
-    build_denoiser,
-    build_network,
-    build_schedule,
-    image_shape,
-    load_weights,
-)
+from utils.build import build_denoiser, build_schedule, image_shape
 from utils.checkpoint import Checkpoint, digest
 from utils.config import Config
 from utils.distributed import World
 from utils.files import atomic_write
+from utils.network import build_network, load_weights
 from utils.randomness import ImageNoise
 from utils.sampling import class_labels, sample_batch
 

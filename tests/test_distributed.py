@@ -211,13 +211,16 @@ def test_restarts_with_a_shared_store_are_warned_of(monkeypatch, capsys):
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
 
 
+SECOND_OF_TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     ("name", "around", "index"),
     [
         (None, {}, 0),
         ("cuda", {}, 0),
         ("cuda:1", {}, 1),
-        (None, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "LOCAL_RANK": "1"}, 1),
+        (None, {**SECOND_OF_TWO, "LOCAL_RANK": "1"}, 1),
     ],
 )
 def test_a_gpu_is_known_by_its_index(monkeypatch, name, around, index):

@@ -261,6 +261,24 @@ def test_rows_of_an_earlier_call_stay(workshop, tmp_path):
     assert any(row["sampler"] == "dpm_solver++" for row in rows)
 
 
+def test_the_last_line_says_what_is_there(workshop, tmp_path, capsys):
+    images = real_images(load_checkpoint(workshop["made"][0]).config).floor[:10]
+    np.savez(tmp_path / "made.npz", images.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "made.npz").rename(tmp_path / "a|b.NPZ")
+    out = tmp_path / "out"
+    given = ("--images", tmp_path / "a|b.NPZ", "--config_path", workshop["config"])
+    assert run(evaluate, *given, "--output", out) == 0
+    said = capsys.readouterr().out
+    tables = [str(out / f"results.{ending}") for ending in ("md", "json", "csv")]
+    assert said.splitlines()[-1] == f"written: {', '.join(tables)}"
+    assert r"| a\|b | 10 |" in said
+    student = ("--checkpoint", workshop["published"][2], "--count", 10)
+    assert run(evaluate, *student, "--output", out) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f", {out / 'distances.png'}; the images drawn are in {out / 'images'}")
+    assert len(list((out / "images").iterdir())) == 1
+
+
 def test_a_partner_that_comes_later_is_told_of(workshop, tmp_path):
     base, _, student = workshop["published"]
     out = ("--count", 250, "--output", tmp_path)
@@ -339,7 +357,7 @@ def test_sorted_images_from_elsewhere_are_measured_as_any(workshop, tmp_path):
         ((), "--checkpoint: give checkpoints, or --images with --config_path"),
         (("--checkpoint", "{0}", "--count", 5), "at least 10"),
         (("--checkpoint", "{0}", "--steps", 1024, "--max_calls", 2000), "leave 1 images at 1024"),
-        (("--checkpoint", "{0}", "--steps", 0), "--steps: take from 1"),
+        (("--checkpoint", "{0}", "--steps", 0), "--steps 0: take a whole number"),
         (("--checkpoint", "{0}", "--sampler", "ddim", "euler"), "euler"),
         (("--checkpoint", "{0}", "--features", "vgg"), "not one of digits, inception"),
         (("--checkpoint", "none.pt"), "none.pt: no such checkpoint"),

@@ -438,7 +438,15 @@ def test_what_a_student_was_not_made_for_is_warned_of(workshop, tmp_path, capsys
         (("--device", "tpu9"), "--device tpu9"),
         (("--device", "meta"), "--device meta"),
         (("--steps", 10**12), "--steps 1000000000000"),
-        (("--count", 10**13, "--output", "x.npz"), "out of memory"),
+        (("--count", 10**19), "--count 10000000000000000000: take a whole number from 1 to"),
+        (("--count", "9" * 5000), "take a whole number"),
+        (("--count", "many"), "--count many: take a whole number"),
+        (("--batch_size", 10**19), "--batch_size 10000000000000000000"),
+        (("--seed", 10**30), "--seed 1000000000000000000000000000000"),
+        (("--count", 3, "--output", ""), "--output '': not the name"),
+        (("--output", " "), "--output ' ': not the name"),
+        (("--sampler",), "--sampler expected one argument"),
+        (("--no-such",), "unrecognized arguments: --no-such"),
     ],
 )
 def test_bad_arguments_of_sample(workshop, capsys, arguments, hint):

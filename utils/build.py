@@ -1,48 +1,18 @@
 """From a config to the things it names: the one place that knows both."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffusion.gaussian import OUTPUT_TYPES, Denoiser
+from diffusion.gaussian import Denoiser
 from diffusion.schedule import Schedule, make_schedule
-from models.unet import UNet
 from utils.checkpoint import Checkpoint
 from utils.command import InputError
 from utils.config import Config
 from utils.data import Dataset, open_dataset
 from utils.engine import accelerated, allow_tf32, sampling_engine
-
-
-def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
-    """The config's network with fresh weights, in the memory format that the device likes.
-
-    GPUs convolve channels_last. On a CPU that gains up to 5% on wide networks, but GroupNorm with
-    one channel a group, as small networks have it, then takes several times as long.
-    """
-    sizes = config.model.model_dump()
-    if dropout is not None:
-        sizes["dropout"] = dropout
-    channels = config.data.channels
-    network = UNet(
-        image_size=config.data.image_size,
-        image_channels=channels,
-        output_channels=channels * OUTPUT_TYPES[config.diffusion.prediction].channels,
-        **sizes,
-    )
-    fast = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return network.to(device, memory_format=fast)  # type: ignore[call-overload]
-
-
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Puts the weights of a checkpoint into the network. Raises InputError if they do not fit."""
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise InputError(f"{where}: weights of another network: {first[0].strip()}") from None
+from utils.network import build_network, load_weights
 
 
 def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> Denoiser:

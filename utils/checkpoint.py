@@ -3,66 +3,187 @@
 import errno
 import hashlib
 import json
+import math
+import pickletools
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from utils.command import DamagedCheckpoint, InputError
-from utils.config import Config, make_config
-from utils.files import atomic_write
+from utils.config import Config, explain, make_config
+from utils.files import atomic_write, require_regular_file
+from utils.network import misfit
 
 FORMAT = "progressive-distillation"
 FORMAT_VERSION = 1
 NOT_OURS = "not a checkpoint of this project"
 
-Kind = Literal["base", "student"]
 State = dict[str, Tensor]
 
+# --- what the entries may be ----------------------------------------------------------------------
 
-@dataclass(frozen=True)
+
+def _name(name: str) -> str:
+    fits = len(name.encode(errors="replace")) <= 200 and name not in ("", ".", "..")
+    if not fits or "/" in name or not name.isprintable():  # paths of results are made of it
+        raise ValueError(f"{name[:60]!r}: take at most 200 bytes, printable, without /")
+    return name
+
+
+def _state(value: Any) -> State:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("not a mapping of names to tensors")
+    for key, tensor in value.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{key[:60]!r} is not a tensor of floating-point numbers")
+    return value
+
+
+# The state of a torch.amp.GradScaler.
+SCALER: dict[str, type] = {
+    **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float),
+    **dict.fromkeys(("growth_interval", "_growth_tracker"), int),
+}
+
+
+def _scaler(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or (value and value.keys() != SCALER.keys()):
+        raise ValueError(f"not a mapping of {', '.join(SCALER)} to numbers")
+    for key, number in value.items():
+        most = 2**31 - 1 if SCALER[key] is int else 2**127
+        fits = type(number) is SCALER[key]
+        if not fits or not 0 <= number <= most:
+            raise ValueError(f"{key}: not a number from 0 to {most} ({SCALER[key].__name__})")
+    return value
+
+
+CheckedState = Annotated[State, PlainValidator(_state)]
+Short = Annotated[str, Field(max_length=200)]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 class Checkpoint:
     """A network with all that is needed to use it, and to go on training it.
 
     kind: base or student. name: of the config. update, stage: how far it was trained. num_steps:
     the sampling steps it was made for, None for a base model. model: the weights being trained;
     ema: their average, None where none is kept. optimizer: None in a file that is not trained on;
-    scaler: of the loss in fp16, empty otherwise.
-    lineage: of a student, the digest of its teacher's weights.
+    scaler: of the loss in fp16, empty otherwise. lineage: the digest of the weights that it began
+    with: of a student its teacher's, of a base model those of train.py --initialise (initial).
+
+    Raises pydantic.ValidationError for entries that cannot be.
     """
 
-    kind: Kind
-    name: str
+    kind: Literal["base", "student"]
+    name: Annotated[str, AfterValidator(_name)]
     config: Config
-    update: int
-    stage: int
-    num_steps: int | None
-    model: State
-    ema: State | None = None
+    update: Annotated[int, Field(ge=0, le=2**31)]
+    stage: Annotated[int, Field(ge=0, le=2**10)]
+    num_steps: Annotated[int, Field(ge=1, le=2**20)] | None
+    model: CheckedState
+    ema: CheckedState | None = None
     optimizer: dict[str, Any] | None = None
-    scaler: dict[str, Any] = field(default_factory=dict)
-    lineage: dict[str, str] = field(default_factory=dict)
+    scaler: Annotated[dict[str, Any], PlainValidator(_scaler)] = field(default_factory=dict)
+    lineage: Annotated[dict[Short, Short], Field(max_length=8)] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        states = [self.model] if self.ema is None else [self.model, self.ema]
-        tensors = all(
-            isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())
-            for state in states
-        )
-        counts = [self.update, self.stage, 1 if self.num_steps is None else self.num_steps]
-        if not tensors or not all(isinstance(count, int) for count in counts):
-            raise TypeError("not the entries of a checkpoint")
+    @model_validator(mode="after")
+    def _consistent(self) -> "Checkpoint":
+        base = self.kind == "base"
+        if base != (self.num_steps is None) or base != (self.stage == 0):
+            raise ValueError(
+                f"kind: {self.kind}, but stage is {self.stage} and num_steps {self.num_steps}; a "
+                "base model has stage 0 and no num_steps, a student has both"
+            )
+        return self
 
     @property
     def weights(self) -> State:
         """The weights to sample with and to teach with: the average where there is one."""
         return self.model if self.ema is None else self.ema
+
+
+def require_name(name: str, where: object) -> None:
+    """Raises InputError unless a checkpoint may have the name. where: what it is taken from."""
+    try:
+        _name(name)
+    except ValueError as error:
+        raise InputError(f"{where}: its name {error}") from None
+
+
+# Of the tensors that torch.save is given here. Others (sparse, quantised, ..) are refused.
+DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+DTYPES |= {torch.int64, torch.int32, torch.uint8, torch.bool}
+
+
+def named_tensors(content: Any, most: float = math.inf) -> list[tuple[str, Tensor]]:
+    """All tensors in nested mappings and lists, with dotted names such as model.conv_in.bias.
+
+    Raises ValueError for values of other types, deep nesting, and more than so many bytes in all:
+    a short file can stand for a very large value, by strides of 0 or the same list many times.
+    """
+    found: list[tuple[str, Tensor]] = []
+    size = 0
+
+    def visit(value: Any, name: str, depth: int) -> None:
+        nonlocal size
+        size += 1
+        wrong, items = "", []
+        if isinstance(value, Tensor):
+            plain = type(value) is Tensor and value.layout == torch.strided and not value.is_neg()
+            wrong = "" if plain and value.dtype in DTYPES else "a tensor of an unknown kind"
+            size += math.prod(value.shape) * value.element_size()
+            found.append((name, value))
+        elif isinstance(value, dict):
+            wrong = "" if all(type(key) in (str, int) for key in value) else "a key of another type"
+            size += sum(len(key) for key in value if isinstance(key, str))
+            items = list(value.items())
+        elif isinstance(value, (list, tuple)):
+            items = list(enumerate(value))
+        elif isinstance(value, str):
+            size += len(value)
+        elif type(value) is int:
+            wrong = "" if abs(value) < 2**64 else "a number out of range"
+        elif not (value is None or type(value) in (bool, float)):
+            wrong = f"a value of type {type(value).__name__}"
+        wrong = wrong or ("larger than the file" if size > most else "")
+        if wrong or depth > 16:
+            raise ValueError(f"{name[:100]!r} is {wrong or 'nested too deeply'}")
+        for key, item in items:
+            visit(item, f"{name}.{key}" if name else str(key), depth + 1)
+
+    visit(content, "", 0)
+    return found
+
+
+def require_finite(entries: Mapping[str, Any], where: object) -> None:
+    """Raises InputError that names the first tensor which holds a NaN or an infinity."""
+    tensors = [(n, t) for n, t in named_tensors(entries) if t.is_floating_point() and t.numel()]
+    if not tensors:
+        return
+    # The largest absolute value: unlike a sum, it cannot overflow.
+    norms = torch._foreach_norm([tensor.detach() for _, tensor in tensors], math.inf)
+    finite = torch.stack([norm.isfinite() for norm in norms]).tolist()
+    if not all(finite):
+        name = tensors[finite.index(False)][0]
+        raise InputError(f"{where}: {name[:100]!r} is not finite (NaN or infinity)")
 
 
 def digest(value: Any) -> str:
@@ -72,7 +193,9 @@ def digest(value: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             sha.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
-            sha.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            flat = value.detach().cpu().flatten().contiguous()
+            flat = flat.as_strided((len(flat),), (1,))  # that of one number may be any
+            sha.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             sha.update(f"mapping of {len(value)}\n".encode())
             for key in sorted(value, key=str):
@@ -89,28 +212,89 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
+# --- files ----------------------------------------------------------------------------------------
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the file whole, or leaves what was there."""
-    content = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-    content["config"] = checkpoint.config.model_dump(mode="json")
+    """Writes the file whole, or leaves what was there.
+
+    Raises InputError for numbers that are not finite: load_checkpoint would refuse the file.
+    """
+    content = _entries(checkpoint)
+    try:
+        require_finite(content, f"{path}: not written")
+    except InputError as error:
+        raise InputError(
+            f"{error}; begin anew (--restart, or another --output) with a lower learning rate"
+        ) from None
     content |= {"format": FORMAT, "format_version": FORMAT_VERSION, "digest": digest(content)}
     with atomic_write(path) as file:
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def _entries(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entries as a file holds them, the config as plain values."""
+    entries = {entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)}
+    return entries | {"config": checkpoint.config.model_dump(mode="json")}
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
     """The checkpoint in the file, on the CPU; nothing in the file is executed.
 
     Raises InputError that says what is wrong: no such file, damaged, not a checkpoint, of an
-    unknown version, with a config or weights that are not what they should be.
+    unknown version, or the first entry that is not what it should be.
     """
+    path = Path(path)
+    published = path.suffix == ".safetensors"
+    content = _read_published(path) if published else _read_saved(path)
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise InputError(f"{path}: {NOT_OURS}")
     try:
-        if path.suffix == ".safetensors":
-            content = _read_published(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        named_tensors(content, most=2 * path.stat().st_size)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    version = content.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
+        said = repr(version)[:60]
+        raise InputError(f"{path}: format version {said}; this code reads {FORMAT_VERSION}")
+    if content.pop("digest", None) != digest(content):
+        raise DamagedCheckpoint(f"{path}: damaged, its content is not what was saved")
+    checkpoint = _checked(content, path)
+    for name, state in (("model", checkpoint.model), ("ema", checkpoint.ema)):
+        if state is not None and (wrong := misfit(state, checkpoint.config)):
+            raise InputError(f"{path}: {name}: not the network of its config: {wrong}")
+    states = {"model": checkpoint.model, "ema": checkpoint.ema}
+    require_finite({**states, "optimizer": checkpoint.optimizer}, path)
+    return checkpoint
+
+
+def _checked(content: dict[Any, Any], path: Path) -> Checkpoint:
+    """The checkpoint of these entries. Raises InputError that names the first wrong one."""
+    known = [entry.name for entry in fields(Checkpoint)]
+    if unknown := [name for name in content if name not in known]:
+        raise InputError(f"{path}: {str(unknown[0])[:60]!r}: unknown; known: {', '.join(known)}")
+    if not isinstance(content.get("config"), dict):
+        raise InputError(f"{path}: its config: missing, or not a mapping of keys to values")
+    content["config"] = make_config(content["config"], f"{path}: its config")
+    for name in ("model", "ema"):  # published weights may have half the precision
+        if isinstance(content.get(name), dict):
+            content[name] = {
+                key: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
+                for key, t in content[name].items()
+            }
+    try:
+        return Checkpoint(**content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {explain(error)}") from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what a reader of files raises into InputError; holds calls of readers alone."""
+    try:
+        yield
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
@@ -123,30 +307,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if error.errno in (None, errno.EINVAL):  # by a reader that lost its way in the file
             raise DamagedCheckpoint(f"{path}: {NOT_OURS}, or damaged") from None
         raise InputError(f"{path}: cannot be read now: {error.strerror}") from None
-    except Exception:  # what a damaged archive or a foreign pickle raises is not documented
+    except Exception as error:  # what a damaged archive or a foreign pickle raises is unknown
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+            raise InputError(f"{path}: not enough memory to read it") from None
         raise DamagedCheckpoint(f"{path}: {NOT_OURS}, or damaged") from None
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise InputError(f"{path}: {NOT_OURS}")
-    version = content.pop("format_version", None)
-    if not isinstance(version, int) or version != FORMAT_VERSION:
-        raise InputError(f"{path}: format version {version}; this code reads {FORMAT_VERSION}")
-    try:
-        intact = content.pop("digest", None) == digest(content)
-    except Exception:  # tensors of other kinds, lists that hold themselves
-        intact = False
-    if not intact:
-        raise DamagedCheckpoint(f"{path}: damaged, its content is not what was saved")
-    state = content.get("model")
-    if isinstance(state, dict):  # published weights may have half the precision
-        content["model"] = {
-            name: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
-            for name, t in state.items()
-        }
-    try:
-        content["config"] = make_config(dict(content["config"]), f"{path}: its config")
-        return Checkpoint(**content)
-    except (TypeError, KeyError, ValueError):
-        raise InputError(f"{path}: a checkpoint with missing or unknown entries") from None
+
+
+# All that a pickle of tensors and plain values has called. What else torch.load would call can ask
+# for any amount of memory, as bytearray(10**10) does.
+STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
+CALLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+CALLED |= {f"torch {name}Storage" for name in STORAGES}
+
+
+def _read_saved(path: Path) -> Any:
+    """What save_checkpoint wrote."""
+    with _reading(path):
+        require_regular_file(path)
+        with zipfile.ZipFile(path) as archive:
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+            if sum(sizes.values()) > path.stat().st_size or len(sizes) < len(archive.infolist()):
+                raise zipfile.BadZipFile("compressed or overlapping")
+            (pickled,) = (name for name in sizes if name.endswith("/data.pkl"))
+            code = pickletools.genops(archive.read(pickled))
+            called = {text for opcode, text, _ in code if opcode.name.endswith(("GLOBAL", "INST"))}
+        if not called <= CALLED:
+            raise zipfile.BadZipFile("calls what it should not")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # --- for others to use ---------------------------------------------------------------------------
@@ -157,16 +346,13 @@ NOT_PUBLISHED = ("model", "ema", "optimizer", "scaler")  # of a checkpoint's ent
 def publish_checkpoint(path: Path, checkpoint: Checkpoint, half: bool) -> None:
     """Writes the weights to sample with as .safetensors, whose header says what they are.
 
-    half: in float16, in which they are half as large. load_checkpoint reads both.
+    half: in float16, in which they are half as large. load_checkpoint reads both. Raises
+    InputError for weights that are not finite, in float16 those beyond 65,504.
     """
     weights = {name: t.contiguous() for name, t in checkpoint.weights.items()}  # GPUs' are not
     model = {name: t.half() if half else t for name, t in weights.items()}
-    entries = {
-        name: getattr(checkpoint, name)
-        for name in checkpoint.__dataclass_fields__
-        if name not in NOT_PUBLISHED
-    }
-    entries["config"] = checkpoint.config.model_dump(mode="json")
+    require_finite(model, f"{path}: not written" + (", as in half precision" if half else ""))
+    entries = {k: v for k, v in _entries(checkpoint).items() if k not in NOT_PUBLISHED}
     entries |= {"format": FORMAT, "format_version": FORMAT_VERSION}
     entries["digest"] = digest(_without_format({**entries, "model": model}))
     header = {name: json.dumps(value) for name, value in entries.items()}
@@ -180,9 +366,11 @@ def _without_format(content: dict[str, Any]) -> dict[str, Any]:
 
 def _read_published(path: Path) -> dict[str, Any]:
     """What publish_checkpoint wrote, as load_checkpoint looks at it."""
-    with path.open("rb"):  # for the system's own errors
-        pass
-    with safetensors.safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-        model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {**{name: json.loads(text) for name, text in header.items()}, "model": model}
+    with _reading(path):
+        require_regular_file(path)
+        with path.open("rb"):  # for the system's own errors
+            pass
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {**{name: json.loads(text) for name, text in header.items()}, "model": model}

@@ -28,6 +28,7 @@ from diffusion.samplers import make_sampler
 from diffusion.schedule import SCHEDULES
 from utils.command import InputError
 from utils.data import DATASETS
+from utils.files import require_regular_file
 
 # --- kinds of values ----------------------------------------------------------------------------
 
@@ -108,10 +109,10 @@ class DataConfig(Section):
 
     name: DatasetName = "mnist"
     root: PathName = "data"
-    image_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    image_size: Annotated[int, Field(ge=1, le=1024)] = 32
     channels: Literal[1, 3] = 1
     horizontal_flip: bool = False
-    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    workers: Annotated[int, Field(ge=0, le=64)] = 2
 
 
 class ModelConfig(Section):
@@ -232,7 +233,7 @@ class SamplingConfig(Section):
     steps: Annotated[int, Field(ge=1, le=2**20)] = 1024
     sampler: SamplerName = "ddim"
     clip: bool = True
-    grid: Annotated[int, Field(ge=1, le=4096)] = 64
+    grid: Annotated[int, Field(ge=1, le=1024)] = 64
 
 
 class EngineConfig(Section):
@@ -302,6 +303,11 @@ class Config(Section):
         return self
 
 
+SECTIONS = [
+    name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")
+]
+
+
 # --- YAML ---------------------------------------------------------------------------------------
 
 
@@ -343,6 +349,15 @@ def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node))  # 010 is ten, as in YAML 1.2
 
 
+class StrictDumper(yaml.SafeDumper):
+    """Writes YAML that StrictLoader reads: quotes whatever either version takes for no text."""
+
+
+for _first, _resolvers in StrictLoader.yaml_implicit_resolvers.items():
+    for _tag, _regexp in _resolvers:
+        StrictDumper.add_implicit_resolver(_tag, _regexp, [_first])
+
+
 StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
@@ -359,12 +374,19 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
 
 
+def write_yaml(config: Config) -> str:
+    """The config as YAML in blocks, every key of it, as load_config reads it."""
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, width=10**6).rstrip("\n")
+
+
 # --- from files and command lines ---------------------------------------------------------------
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The file's values with the overrides (a.b=value) put in, not checked yet."""
     try:
+        require_regular_file(path)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
@@ -383,7 +405,10 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested values with each a.b=value put in, the value read as YAML."""
+    """A copy of nested values with each a.b=value put in, the value read as YAML.
+
+    A section without a value, as one whose keys are all commented out, is left to its defaults.
+    """
     values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -398,7 +423,7 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             if not isinstance(inner, dict):
                 raise InputError(f"--set {item}: {section} holds no keys")
         inner[last] = parse_yaml(text, f"--set {item}")
-    return values
+    return {k: v for k, v in values.items() if v is not None or k not in SECTIONS}
 
 
 def make_config(values: Mapping[str, Any], where: str) -> Config:
@@ -406,7 +431,7 @@ def make_config(values: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(f"{where}: {_explain(error)}") from None
+        raise InputError(f"{where}: {explain(error)}") from None
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -415,7 +440,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return make_config(read_yaml(path, overrides), where)
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """The first of the errors in one line: key, what is wrong, what would be right."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
     for one in error.errors():
@@ -427,6 +452,8 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _nearest_key(path)
+    elif first["type"] == "missing":
+        message = "missing"
     elif first["type"] != "value_error" or len(path) > 1:
         # of a constraint between keys the message itself names them and the values
         message = f"{message[0].lower()}{message[1:]} (it is {_shortened(first['input'])})"

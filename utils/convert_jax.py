@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.command import InputError, parse, run_command, say
+from utils.command import InputError, parse, path_name, run_command, say
+from utils.files import require_regular_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +25,10 @@ a .safetensors file that sample.py, distill.py and evaluate.py take."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and converts. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("checkpoint", type=Path, help="of the original, a msgpack file")
-    parser.add_argument("--config_path", type=Path, required=True, metavar="FILE.yaml")
+    parser.add_argument("checkpoint", type=path_name, help="of the original, a msgpack file")
+    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
+    parser.add_argument("--output", type=path_name, required=True, metavar="FILE.safetensors")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
@@ -36,12 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Reads, checks every name and shape, and writes."""
-    from utils.checkpoint import Checkpoint, publish_checkpoint
+    from utils.checkpoint import Checkpoint, publish_checkpoint, require_name
     from utils.config import load_config
 
     if arguments.output.suffix != ".safetensors":
         raise InputError(f"--output {arguments.output}: give a name that ends in .safetensors")
     config = load_config(arguments.config_path, arguments.set)
+    require_name(arguments.config_path.stem, arguments.config_path)
     content = read_msgpack(arguments.checkpoint)
     weights = content.get("ema_params")
     if not isinstance(weights, dict):
@@ -52,9 +54,9 @@ def convert(arguments: argparse.Namespace) -> None:
     model = state_dict_of(weights, levels, arguments.checkpoint)
     require_fit(model, config, arguments.checkpoint, arguments.config_path)
     update, steps = content.get("step"), content.get("num_sample_steps")
-    for name, value in (("step", update), ("num_sample_steps", steps)):
-        if not (value is None or (isinstance(value, int) and value >= 0)):
-            raise InputError(f"{arguments.checkpoint}: {name} is no whole number")
+    for name, value, most in (("step", update, 2**31), ("num_sample_steps", steps, 2**20)):
+        if not (value is None or (isinstance(value, int) and 0 <= value <= most)):
+            raise InputError(f"{arguments.checkpoint}: {name} is no whole number up to {most}")
     num_steps = int(steps) if steps else None
     checkpoint = Checkpoint(
         kind="base" if num_steps is None else "student",
@@ -84,6 +86,8 @@ def read_msgpack(path: Path) -> dict[str, Any]:
     """The map in the file, arrays as tensors. Raises InputError that says what is wrong."""
     import msgpack
 
+    if path.exists():
+        require_regular_file(path)
     try:
         content = msgpack.unpackb(
             path.read_bytes(), ext_hook=_extension, strict_map_key=False, raw=False
@@ -237,25 +241,9 @@ def state_dict_of(parameters: Parameters, levels: int, path: Path) -> State:
 
 def require_fit(state: State, config: Any, path: Path, config_path: Path) -> None:
     """Raises InputError that says which weights are missing, left over, or of another shape."""
-    import torch
+    from utils.network import misfit
 
-    from utils.build import build_network
-
-    wanted = build_network(config, torch.device("meta")).state_dict()
-    wrong = {
-        "missing": [name for name in wanted if name not in state],
-        "left over": [name for name in state if name not in wanted],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    found = "; ".join(
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ..' if len(names) > 3 else ''}"
-        for what, names in wrong.items()
-        if names
-    )
+    found = misfit(state, config)
     if found:
         raise InputError(f"{path}: not the network of {config_path}: {found}")
 

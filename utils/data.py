@@ -6,7 +6,6 @@ processes, no per-image Python. Folders of images are streamed by a DataLoader.
 
 import gzip
 import hashlib
-import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from utils.command import InputError
+from utils.files import require_regular_file
+from utils.image_folder import ImageFolder, StreamedDataset
 from utils.randomness import generator
 
 Batch = tuple[Tensor, Tensor | None]
@@ -65,13 +65,14 @@ class MemoryDataset:
 
 # --- MNIST, which comes with the repository -----------------------------------------------------
 
-# MD5 of the decompressed IDX files of the MNIST database, and how many images they hold.
+# MD5 of the decompressed IDX files of the MNIST database.
 MNIST_FILES = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+LARGEST_MNIST_FILE = 16 + 60_000 * 28 * 28  # bytes, decompressed
 
 
 def read_mnist(folder: Path, split: str = "train") -> tuple[Tensor, Tensor]:
@@ -88,7 +89,9 @@ def _read_idx(folder: Path, name: str, header: int) -> Tensor:
     path = folder / f"{name}.gz"
     restore = "restore it from the repository (git checkout data/mnist)"
     try:
-        content = gzip.decompress(path.read_bytes())
+        require_regular_file(path)
+        with gzip.open(path) as file:
+            content = file.read(LARGEST_MNIST_FILE + 1)
     except FileNotFoundError:
         raise InputError(f"{path}: missing (data.root); {restore}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -142,115 +145,6 @@ def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor,
         return images, torch.as_tensor(data.targets), len(data.classes)
 
     return read
-
-
-# --- any folder of images -----------------------------------------------------------------------
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-class ImageFolder(torch.utils.data.Dataset[Any]):
-    """Every image below a folder, resized and centre-cropped; its folders are the classes.
-
-    Where images lie in the folder itself there are no classes, and every label is -1.
-    """
-
-    def __init__(self, root: Path, image_size: int, channels: int) -> None:
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder (data.root of an image_folder)")
-        self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise InputError(f"{root}: no images below it (data.root of an image_folder)")
-        tops = [f.relative_to(root).parts for f in self.files]
-        in_classes = all(len(parts) > 1 for parts in tops)
-        names = sorted({parts[0] for parts in tops}) if in_classes else []
-        self.labels = [names.index(parts[0]) if names else -1 for parts in tops]
-        self.num_classes = len(names) or None
-        self.image_size, self.mode = image_size, {1: "L", 3: "RGB"}[channels]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | InputError:
-        """The image, or the error that names it: an exception would lose its shape in a worker."""
-        try:
-            with Image.open(self.files[index]) as image:
-                pixels = np.asarray(self._fitted(_eight_bits(image).convert(self.mode)))
-        except Exception as error:  # a decoder may raise anything
-            return InputError(f"{self.files[index]}: not a readable image ({error})")
-        channels_last = torch.from_numpy(pixels.copy()).reshape(
-            self.image_size, self.image_size, -1
-        )
-        return channels_last.permute(2, 0, 1).contiguous(), self.labels[index]
-
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        """The shorter side resized to image_size, the middle of the longer one kept."""
-        size = self.image_size
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return resized.crop((left, top, left + size, top + size))
-
-
-@dataclass(frozen=True)
-class StreamedDataset:
-    """Images read from files by worker processes while the device computes."""
-
-    files: ImageFolder
-    workers: int
-    device: torch.device
-
-    @property
-    def num_images(self) -> int:
-        """How many images there are."""
-        return len(self.files)
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many folders of the first level there are."""
-        return self.files.num_classes
-
-    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
-        """See Dataset."""
-        loader = torch.utils.data.DataLoader(
-            self.files,
-            batch_sampler=(indices.tolist() for indices in index_batches),  # type: ignore[arg-type]
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_stops,
-        )
-        for batch in loader:
-            if isinstance(batch, InputError):
-                raise batch
-            images, labels = batch
-            yield (
-                images.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-            )
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16 bits a pixel brought to 8, as Pillow would saturate them; deeper images are refused."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits a channel")
-    return image
-
-
-def _collate(items: list[Any]) -> Any:
-    error = next((item for item in items if isinstance(item, InputError)), None)
-    if error is not None:
-        return error
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
-
-
-def _ignore_stops(worker: int) -> None:
-    # They are for the process that saves, which ends its workers, and reach all of its group.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 # --- by name ------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from torch import Tensor, distributed, nn
 
 from utils.command import InputError, warn
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+
 
 @dataclass(frozen=True)
 class World:
@@ -73,7 +75,7 @@ def join_world(device_name: str | None) -> Iterator[World]:
 
     NCCL connects GPUs, gloo CPUs. Raises InputError for a device that is not there.
     """
-    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    launched = was_launched()
     if launched and device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = choose_device(device_name)
@@ -89,11 +91,34 @@ def join_world(device_name: str | None) -> Iterator[World]:
             "they were before (pytorch issue 135712), and fail; run it with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, distributed.DistError) as error:
+        raise InputError(f"the processes cannot connect: {str(error).splitlines()[0]}") from None
     try:
         yield World(device, distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+def was_launched() -> bool:
+    """Whether torchrun, or something like it, has started this process as one of several.
+
+    Raises InputError for a part of the environment that torchrun sets, or one that cannot be.
+    """
+    values = {name: os.environ.get(name) for name in LAUNCHED}
+    alone = values["WORLD_SIZE"] is None or values["MASTER_ADDR"] is None
+    if values["RANK"] is None or (values["RANK"] == "0" and alone):
+        return False
+    for name, value in values.items():
+        wrong = "not set, though RANK is" if value is None else f"{value!r} is no whole number"
+        if value is None or (name != "MASTER_ADDR" and not value.isdecimal()):
+            raise InputError(
+                f"{name}: {wrong}; start several processes with torchrun, or unset RANK"
+            )
+    if int(values["RANK"]) >= int(values["WORLD_SIZE"] or 0):
+        raise InputError(f"RANK: {values['RANK']} of {values['WORLD_SIZE']}; it counts from 0")
+    return True
 
 
 def choose_device(name: str | None) -> torch.device:

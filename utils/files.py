@@ -17,7 +17,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     Raises OSError that names the path, whatever a full disk made the writer in the block raise.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -37,7 +37,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def write_text(path: Path, text: str) -> None:
     """The text as the whole content of the file."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # file names may hold what is no letter
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError of the block the path: that of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def make_folder(path: Path) -> None:
+    """Creates the folder and those above it. Raises InputError where one of them is a file."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        other = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+        raise InputError(f"{other}: a file, where a folder is asked for") from None
 
 
 def require_regular_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.files import write_text
+from utils.files import make_folder, naming, require_regular_file, write_text
 from utils.images import encode
 
 BIN_EDGES = tuple(range(-20, 21, 4))  # of the logsnr bins that losses are averaged in
@@ -19,17 +20,35 @@ BINNED_EVERY = 100  # updates
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without those that a kill or an accident left unreadable."""
+    require_regular_file(path)
     entries = []
     for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and all(
-            isinstance(entry.get(key), int) for key in ("stage", "update")
+        if (
+            isinstance(entry, dict)
+            and all(_is_count(entry.get(key)) for key in ("stage", "update"))
+            and (entry.get("num_steps") is None or _is_count(entry["num_steps"]))
+            and (entry.get("loss") is None or _is_number(entry["loss"]))
         ):
             entries.append(entry)
     return entries
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # not NaN either
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _leave_to_main_thread(failure: threading.ExceptHookArgs) -> None:
+    """A hook: TensorBoard's thread keeps its OSError, which the next call raises again."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 class MetricsLog:
@@ -42,18 +61,21 @@ class MetricsLog:
     def __init__(self, folder: Path, stage: int, update: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes its time to import
 
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        make_folder(folder)
+        self.path, self.board_path = folder / "metrics.jsonl", folder / "tensorboard"
+        path = self.path
         self.drawn: set[tuple[int, int]] = set()  # (stage, update) of earlier pictures
         if path.exists():
             entries = read_metrics(path)
             kept = [e for e in entries if (e["stage"], e["update"]) <= (stage, update)]
             self.drawn = {(e["stage"], e["update"]) for e in kept if "samples_mean" in e}
             write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        self.hook, threading.excepthook = threading.excepthook, _leave_to_main_thread
         self.file = path.open("a")
-        self.board = SummaryWriter(
-            str(folder / "tensorboard" / f"stage-{stage}"), purge_step=update + 1
-        )
+        with naming(self.board_path):
+            self.board = SummaryWriter(
+                str(self.board_path / f"stage-{stage}"), purge_step=update + 1
+            )
 
     def write(self, update: int, values: Mapping[str, Any], **where: Any) -> None:
         """One line, of which every number is a curve; where: what else the line says."""
@@ -63,19 +85,24 @@ class MetricsLog:
             for key, value in values.items()
         }
         line = {**where, "update": update, **finite}
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        for key, value in finite.items():
-            if value is not None:
-                self.board.add_scalar(key, value, update)
+        with naming(self.path):
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        with naming(self.board_path):
+            for key, value in finite.items():
+                if value is not None:
+                    self.board.add_scalar(key, value, update)
 
     def picture(self, name: str, image: Tensor, update: int) -> None:
         """A uint8 image (C, H, W) for TensorBoard."""
-        self.board.add_image(name, image, update)
+        with naming(self.board_path):
+            self.board.add_image(name, image, update)
 
     def flush(self) -> None:
         """Everything written so far is in the files."""
-        self.file.flush()
-        self.board.flush()
+        with naming(self.path):
+            self.file.flush()
+        with naming(self.board_path):
+            self.board.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -86,8 +113,16 @@ class MetricsLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.file.close()
-        self.board.close()
+        try:
+            with naming(self.path):
+                self.file.close()
+            with naming(self.board_path):
+                self.board.close()
+        except OSError:
+            if error is None:  # else it has its cause, and that is told
+                raise
+        finally:
+            threading.excepthook = self.hook
 
 
 class LossBins:

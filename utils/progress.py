@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils.command import leads
+from utils.command import leads, printable
 
 
 def progress_bar(
@@ -15,7 +15,7 @@ def progress_bar(
     return tqdm(
         total=total,
         initial=initial,
-        desc=title,
+        desc=printable(title),
         unit=unit,
         leave=leave,
         disable=not (shown and leads()),

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from utils.command import InputError, parse, run_command, say
+from utils.command import InputError, parse, path_name, run_command, say
 
 DESCRIPTION = """\
 Write checkpoints as .safetensors that hold the weights to sample with and say what they are:
@@ -16,9 +16,11 @@ and evaluate.py take them as they take their own."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and writes the files. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, metavar="FILE.pt")
+    parser.add_argument("--checkpoint", type=path_name, nargs="+", required=True, metavar="FILE.pt")
     parser.add_argument("--name", required=True, help="what the files' names begin with")
-    parser.add_argument("--output", type=Path, default=Path("pretrained"), metavar="DIR")
+    parser.add_argument(
+        "--output", type=path_name, required=True, metavar="DIR", help="files of the same name go"
+    )
     parser.add_argument("--half", action="store_true", help="in float16: half as large")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
@@ -32,8 +34,8 @@ def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
     """Writes each checkpoint; a student goes on naming its teacher where that is among them."""
     from utils.checkpoint import digest, load_checkpoint, publish_checkpoint
 
-    if "/" in name:
-        raise InputError(f"--name {name}: a part of file names, without /")
+    if not name.strip() or name[0] in ".-" or "/" in name or not name.isprintable():
+        raise InputError(f"--name {name!r}: not what file names begin with; take e.g. mnist")
     checkpoints = [load_checkpoint(path) for path in paths]
     steps_of = [checkpoint.num_steps for checkpoint in checkpoints]
     if len(set(steps_of)) < len(steps_of):

@@ -2,15 +2,24 @@
 
 import errno
 import fcntl
+import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.command import DamagedCheckpoint, InputError, warn
-from utils.config import Config, differences, load_config, make_config, override
+from utils.config import (
+    Config,
+    DataConfig,
+    differences,
+    load_config,
+    make_config,
+    override,
+)
+from utils.files import make_folder
+from utils.metrics import read_metrics
 
 # What may change while a run goes on: where things lie and what is drawn, not what is learnt.
 FREE_KEYS = {
@@ -69,15 +78,91 @@ def require_same_run(
         )
 
 
+# What a run writes into its folder: files of numbers under its own prefix, and these.
+PREFIXES = {"diffusion-": "the training of a base model", "student-": "a ladder"}
+DELETED = ("metrics.jsonl", "images.safetensors", "loss.png")
+KEPT = ("ladder.md", "ladder.json", "ladder.png", "comparison.png", ".lock")
+
+
+def numbered_name(prefix: str, *endings: str) -> re.Pattern[str]:
+    """Matches <prefix><number>.pt, <prefix><number>-<number>.pt and so on."""
+    return re.compile(rf"({prefix})\d+(-\d+)?\.({'|'.join(endings)})")
+
+
+def writes(name: str) -> bool:
+    """Whether runs write a file of this name, which would be taken for theirs."""
+    ours = numbered_name("|".join(PREFIXES), "pt", "png")
+    return name in (*DELETED, *KEPT) or ours.fullmatch(name) is not None
+
+
+def run_in(folder: Path, but: str = "") -> str | None:
+    """The kind of run that a folder holds checkpoints or metrics of; but: a prefix not looked for.
+
+    None where it holds none.
+    """
+    for prefix, kind in PREFIXES.items():
+        name = numbered_name(prefix, "pt", r"pt\.damaged")
+        if prefix != but and any(name.fullmatch(p.name) for p in folder.glob(f"{prefix}*")):
+            return kind
+    metrics = folder / "metrics.jsonl"
+    for entry in read_metrics(metrics) if metrics.exists() else []:
+        prefix = "diffusion-" if entry.get("num_steps") is None else "student-"
+        if prefix != but:
+            return PREFIXES[prefix]
+    return None
+
+
+def require_no_run(folder: Path, but: str = "") -> None:
+    """Raises InputError where a run lives in the folder; but: the prefix of one that may."""
+    kind = run_in(folder, but)
+    if kind is not None:
+        raise InputError(f"{folder}: holds {kind}; give another folder (--output)")
+
+
+def own_files(folder: Path, prefix: str) -> list[Path]:
+    """The files of a run of that prefix which --restart deletes.
+
+    Raises InputError where something of such a name is no file, before anything is done with it.
+    """
+    name = numbered_name(prefix, "pt", "png", r"pt\.damaged")
+    ours = [path for path in folder.glob(f"{prefix}*") if name.fullmatch(path.name)]
+    ours += [path for n in DELETED if os.path.lexists(path := folder / n)]
+    ours += folder.glob("tensorboard/stage-*/events.out.tfevents.*")
+    kept = [path for n in KEPT if os.path.lexists(path := folder / n)]
+    for path in [*ours, *kept]:
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no regular file, but the run writes one of this name; move it away, or "
+                "give another folder (--output)"
+            )
+    return ours
+
+
 def delete_run(folder: Path, prefix: str) -> None:
     """Deletes what an earlier run wrote under names that begin so, and nothing else."""
-    ours = re.compile(re.escape(prefix) + r"\d+(-\d+)?\.(pt|png|pt\.damaged)")
-    for path in folder.glob(f"{prefix}*"):
-        if ours.fullmatch(path.name):
-            path.unlink()
-    for name in ("metrics.jsonl", "images.safetensors", "loss.png"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for path in own_files(folder, prefix):
+        path.unlink()
+    for emptied in (*folder.glob("tensorboard/stage-*"), folder / "tensorboard"):
+        with suppress(OSError):  # it holds something else
+            emptied.rmdir()
+
+
+def require_same_ladder(folder: Path, ladder: Sequence[int], first_stage: int) -> None:
+    """Raises InputError where a student of another ladder lies in the folder.
+
+    ladder: the students' steps, of which the first is made in first_stage. The shorter ladder's
+    folder may hold the later students of the longer one.
+    """
+    for path in sorted(folder.glob("student-*.pt")):
+        found = re.fullmatch(r"student-(\d+)(-\d+)?", path.stem)
+        if found is None or (steps := int(found[1])) < ladder[-1]:
+            continue
+        try:
+            stage = load_checkpoint(path).stage
+        except DamagedCheckpoint:
+            continue  # it is set aside when its turn comes
+        if steps not in ladder or stage != first_stage + ladder.index(steps):
+            raise InputError(f"{path}: of another ladder; give another folder (--output)")
 
 
 @contextmanager
@@ -87,9 +172,9 @@ def kept_to_itself(folder: Path) -> Iterator[bool]:
     The lock is the process's own (POSIX): no worker inherits it, and a kill frees it. Where the
     file system knows no locks, there is no telling.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / ".lock"
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -148,6 +233,8 @@ def distillation_config(
     asked = any(item.startswith("data.root=") for item in overrides)
     if asked or given.data.name == data.name:  # the folder of other data is no use
         data = data.model_copy(update={"root": given.data.root})
+    if not asked and (config_path is None or given.data.name != data.name):
+        require_no_download(data, teacher_path, "--set data.root=DIR")
     return teacher.config.model_copy(
         update={
             "distillation": given.distillation,
@@ -156,6 +243,21 @@ def distillation_config(
             "data": data,
         }
     )
+
+
+READ_ONLY = ("mnist", "colored_mnist", "image_folder")  # data sets that nothing is downloaded of
+
+
+def require_no_download(data: DataConfig, where: Path, option: str) -> None:
+    """Raises InputError if data may be downloaded into a folder that only a checkpoint names.
+
+    option: by which the user names it.
+    """
+    if data.name not in READ_ONLY and data.root != DataConfig().root:
+        raise InputError(
+            f"{where}: data.root: {data.root!r} is the checkpoint's, and {data.name} may be "
+            f"downloaded into it; name the folder yourself ({option})"
+        )
 
 
 def reference_steps(teacher: Checkpoint, config: Config) -> int:

@@ -1,6 +1,7 @@
 """From a checkpoint to images: the noise of each image, the sampler, batches, files."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from utils.build import build_schedule, image_shape
 from utils.checkpoint import Checkpoint
 from utils.command import InputError, warn
 from utils.config import Config
-from utils.data import IMAGE_SUFFIXES
 from utils.distributed import World
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
+from utils.image_folder import IMAGE_SUFFIXES
 from utils.images import by_class, decode, make_grid, save_gif, save_png, to_pillow
 from utils.progress import progress_bar
 from utils.randomness import ImageNoise
+from utils.runs import require_no_run, run_in, writes
 
 
 def sample_batch(
@@ -109,10 +111,6 @@ class SampleRequest:
             make_sampler(sampler)
         except ValueError as error:
             raise InputError(f"--sampler: {error}") from None
-        if steps is not None and not 1 <= steps <= 2**20:
-            raise InputError(f"--steps {steps}: take from 1 to {2**20}")
-        if batch_size < 1:
-            raise InputError(f"--batch_size {batch_size}: take at least 1")
         if own and steps not in (None, own):
             warn(
                 f"this student was distilled for {own} steps: it learnt to jump between those "
@@ -204,6 +202,38 @@ def _parse_labels(text: str | None, num_classes: int | None) -> Sequence[int] | 
 # --- files --------------------------------------------------------------------------------------
 
 
+# Endings of names that nobody means a folder by.
+FILE_SUFFIXES = IMAGE_SUFFIXES | {
+    *(".npy", ".h5", ".hdf5", ".parquet", ".pkl", ".pickle", ".pt", ".pth", ".safetensors"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar"),
+    *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".html", ".pdf", ".svg"),
+    *(".avif", ".heic", ".jfif", ".mp4", ".mkv", ".webm", ".avi", ".mov"),
+}
+
+
+def require_output(path: Path, many: bool) -> None:
+    """Raises InputError, before anything is drawn, where the images cannot go to this path.
+
+    many: a folder of images, or an .npz; else one .png. A run's folder and pictures are its own.
+    """
+    suffix = path.suffix.lower()
+    if not many and suffix != ".png":
+        raise InputError(f"--output {path}: a grid is a .png; for files give --count")
+    if many and suffix in FILE_SUFFIXES:
+        raise InputError(f"--output {path}: with --count, a folder or a .npz")
+    if suffix in (".png", ".npz"):
+        if path.is_dir():
+            raise InputError(f"--output {path}: a folder, where a {suffix} file is asked for")
+        if writes(path.name) and run_in(path.parent):
+            raise InputError(f"--output {path}: {run_in(path.parent)} writes it; give another name")
+    else:
+        require_no_run(path)
+    folder = path.parent if suffix in (".png", ".npz") else path
+    make_folder(folder)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder}: not allowed to write there")
+
+
 def write_grid(
     path: Path, request: SampleRequest, count: int, trajectory: bool = False
 ) -> list[Path]:
@@ -246,20 +276,28 @@ def write_folder(folder: Path, request: SampleRequest, count: int) -> list[Path]
 
     Raises InputError where it holds other pictures, which would be taken for some of these.
     """
-    ours = {folder / f"{index:06d}.png" for index in range(count)}
+
+    def ours(path: Path) -> bool:
+        number = path.stem
+        return number.isdecimal() and int(number) < count and path == _picture(folder, int(number))
+
     pictures = {path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
     request.world.wait()  # before anybody writes
-    if others := pictures - ours:
+    if others := {path for path in pictures if not ours(path)}:
         raise InputError(
             f"{folder}: holds {len(others)} other pictures, {min(others).name} for one; give "
             "another folder (--output)"
         )
     for indices, images in request.batches(count):
         for index, image in zip(indices, images, strict=True):
-            with atomic_write(folder / f"{index:06d}.png") as file:
+            with atomic_write(_picture(folder, index)) as file:
                 to_pillow(image).save(file, format="PNG")
     request.world.wait()
     return [folder]
+
+
+def _picture(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
 
 
 def write_npz(path: Path, request: SampleRequest, count: int) -> list[Path]:

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from utils.build import build_denoiser, build_network, build_schedule, load_weights
-from utils.checkpoint import Checkpoint, digest, load_checkpoint, save_checkpoint
+from utils.build import build_denoiser, build_schedule
+from utils.checkpoint import Checkpoint, State, digest, load_checkpoint, save_checkpoint
 from utils.command import InputError, say
 from utils.config import Config, Stage
 from utils.data import Dataset
 from utils.distributed import World
 from utils.images import by_class, make_grid, save_png
+from utils.network import build_network, load_weights
 from utils.runs import (
     delete_run,
     kept_to_itself,
     newest_whole,
     numbered,
+    own_files,
     prune,
+    require_no_run,
     require_same_run,
     sweep,
 )
@@ -71,12 +74,16 @@ class Run:
         path = self.output / name
         if found is None:
             found = path, load_checkpoint(path)
-        short = int(digest(found[1].model)[:12], 16)
+        self.require_same_everywhere(path, found[1].model)
+        return found
+
+    def require_same_everywhere(self, path: Path, weights: State) -> None:
+        """Raises InputError where the file that the weights were read from differs by machine."""
+        short = int(digest(weights)[:12], 16)
         if self.world.any(short != self.world.agree(short)):
             raise InputError(
-                f"{path}: not the same file on all machines; give a folder that all see (--output)"
+                f"{path}: not the same file on all machines; give one in a folder that all see"
             )
-        return found
 
     def plan(
         self,
@@ -113,13 +120,17 @@ def begun(run: Run, prefix: str, restart: bool) -> Iterator[None]:
 
     What a kill left half written goes; on restart, the old run: not where torchrun has started the
     processes again, as what is there then is this run's own. Raises InputError for a restart on
-    several machines, whose number may change while they run, and where another run writes there.
+    several machines, whose number may change while they run, where another run writes there, or
+    one of another kind has written.
     """
     if restart and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         raise InputError(
             f"--restart: not on several machines, which torchrun may start again; delete "
             f"{run.output} yourself, or give another folder (--output)"
         )
+    own_files(run.output, prefix)  # or refused
+    require_no_run(run.output, but=prefix)
+    run.world.wait()  # before anything is deleted
     with kept_to_itself(run.output) if run.world.leads else nullcontext(True) as alone:
         if run.world.any(not alone):
             raise InputError(
@@ -134,20 +145,22 @@ def begun(run: Run, prefix: str, restart: bool) -> Iterator[None]:
         yield
 
 
-def train_base(run: Run) -> Path:
+def train_base(run: Run, initial: tuple[Path, Checkpoint] | None = None) -> Path:
     """Trains the base model from where an earlier run left it; returns its last checkpoint.
 
+    initial: a file and its checkpoint, with whose weights a new run begins instead of random ones.
     Writes diffusion-<update>.pt, and a grid of samples of the averaged weights beside it.
     """
     config, training = run.config, run.config.training
     torch.manual_seed(config.seed)  # of the initial weights
     network = build_network(config, run.world.device)
+    lineage = {} if initial is None else _initialise(run, network, *initial)
     ema = copy.deepcopy(network).requires_grad_(False).eval()
     optimizer = make_optimizer(network, training.weight_decay)
     trainee = Trainee(network, run.world.wrap(network), ema, optimizer, run.scaler())
     newest = run.newest(numbered(run.output, "diffusion-"))
     if newest is not None:
-        _require_same_base(*newest, config)
+        _require_same_base(*newest, config, lineage)
         _go_on(trainee, *newest)
     sampled = build_denoiser(config, ema, run.world.device)
 
@@ -158,11 +171,11 @@ def train_base(run: Run) -> Path:
     prune_old = partial(prune, run.output, "diffusion-", *kept)
 
     def save() -> None:
-        save_checkpoint(path_now(), _base_checkpoint(run, trainee))
+        save_checkpoint(path_now(), _base_checkpoint(run, trainee, lineage))
         prune_old()
 
     def draw() -> Tensor:
-        request = SampleRequest.of(_base_checkpoint(run, trainee), sampled, run.world)
+        request = SampleRequest.of(_base_checkpoint(run, trainee, lineage), sampled, run.world)
         images = request.draw_all(config.sampling.grid)
         if run.world.leads:
             grid = make_grid(*by_class(images, request.classes))
@@ -184,7 +197,26 @@ def train_base(run: Run) -> Path:
     return path_now()
 
 
-def _base_checkpoint(run: Run, trainee: Trainee) -> Checkpoint:
+def _initialise(run: Run, network: nn.Module, path: Path, initial: Checkpoint) -> dict[str, str]:
+    """Puts the checkpoint's averaged weights into the network of a new run; returns its lineage.
+
+    Raises InputError that names the first key of the config in which the networks differ.
+    """
+    run.require_same_everywhere(path, initial.weights)
+    values = [config.model_dump() for config in (initial.config, run.config)]
+    keys = [("model", key) for key in values[0]["model"] if key != "dropout"]
+    for section, key in [*keys, ("diffusion", "prediction"), ("data", "channels")]:
+        theirs, ours = (value[section][key] for value in values)
+        if theirs != ours:
+            raise InputError(
+                f"{path}: {section}.{key} is {theirs} there, but {ours} in this run, whose network "
+                "its weights do not fit; take the same value, or leave --initialise out"
+            )
+    load_weights(network, initial.weights, path)
+    return {"initial": digest(initial.weights)}
+
+
+def _base_checkpoint(run: Run, trainee: Trainee, lineage: dict[str, str]) -> Checkpoint:
     return Checkpoint(
         kind="base",
         name=run.name,
@@ -196,6 +228,7 @@ def _base_checkpoint(run: Run, trainee: Trainee) -> Checkpoint:
         ema=None if trainee.ema is None else trainee.ema.state_dict(),
         optimizer=trainee.optimizer.state_dict(),
         scaler=trainee.scaler.state_dict(),
+        lineage=lineage,
     )
 
 
@@ -274,10 +307,20 @@ def _untrained_student(run: Run, teacher: Checkpoint, num_steps: int) -> Checkpo
     )
 
 
-def _require_same_base(path: Path, stored: Checkpoint, wanted: Config) -> None:
+def _require_same_base(
+    path: Path, stored: Checkpoint, wanted: Config, lineage: dict[str, str]
+) -> None:
     """A base model goes on only as the run it was, but for more updates at a constant rate."""
     if stored.kind != "base" or stored.optimizer is None:
         raise InputError(f"{path}: not a base model in training; give another --output")
+    if stored.lineage != lineage:
+        began = "without --initialise"
+        if stored.lineage:
+            began = "with --initialise" + (" and another file" if lineage else "")
+        raise InputError(
+            f"{path}: of a run that began {began}; give the same to go on, another folder "
+            "(--output), or DELETE that run and begin anew (--restart)"
+        )
     training = wanted.training
     longer = training.learning_rate_decay == "none" and training.updates >= stored.update
     sections = ("seed", "data", "model", "diffusion", "training")
@@ -289,7 +332,10 @@ def _go_on(trainee: Trainee, path: Path, stored: Checkpoint) -> None:
     load_weights(trainee.network, stored.model, path)
     if trainee.ema is not None:
         load_weights(trainee.ema, stored.weights, path)
-    load_optimizer(trainee.optimizer, stored.optimizer or {})
+    try:
+        load_optimizer(trainee.optimizer, stored.optimizer or {})
+    except ValueError as error:
+        raise InputError(f"{path}: optimizer: {error}") from None
     if stored.scaler and trainee.scaler.is_enabled():
         trainee.scaler.load_state_dict(stored.scaler)
     trainee.update = stored.update

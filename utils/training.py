@@ -15,7 +15,7 @@ from diffusion.distillation import distillation_loss
 from diffusion.gaussian import Denoise, Denoiser, conditioned
 from diffusion.losses import LOSS_WEIGHTS, denoising_loss
 from diffusion.schedule import Schedule, transition_levels
-from utils.command import InputError, Stopped, stop_requests, warn
+from utils.command import DataError, InputError, Stopped, StopRequest, stop_requests, warn
 from utils.config import TrainingConfig
 from utils.data import Dataset
 from utils.distributed import World
@@ -130,9 +130,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> 
     """Puts the optimiser where it was saved, its moments in the memory format of the parameters.
 
     They may have been saved on another kind of device, with another format, and a fused Adam goes
-    through both as they lie in memory.
+    through both as they lie in memory. The hyperparameters stay the optimiser's own. Raises
+    ValueError for moments of other parameters.
     """
-    optimizer.load_state_dict(stored)
+    groups = optimizer.state_dict()["param_groups"]
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    moments = stored.get("state")
+    if not isinstance(moments, dict) or (moments and moments.keys() != set(range(len(shapes)))):
+        raise ValueError(f"not the state of {len(shapes)} parameters")
+    for n, state in moments.items():
+        wanted = {"step": torch.Size([]), "exp_avg": shapes[n], "exp_avg_sq": shapes[n]}
+        if not isinstance(state, dict) or wanted != {
+            name: value.shape for name, value in state.items() if isinstance(value, Tensor)
+        }:
+            raise ValueError(f"not the moments of parameter {n}, of shape {tuple(shapes[n])}")
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -243,7 +255,7 @@ def updates(
     dataset: Dataset,
     objective: Objective,
     world: World,
-    stop_requested: Callable[[], bool] = lambda: False,
+    stop: StopRequest | None = None,
 ) -> Iterator[Metrics]:
     """Trains from the trainee's update to the plan's last one, yielding after each.
 
@@ -262,16 +274,17 @@ def updates(
     )
     skips = 0
     trainee.network.train()
-    for images, labels in dataset.batches(index_batches):
+    stop = stop or StopRequest()
+    for images, labels in stop.between(dataset.batches(index_batches)):
         update, rate = trainee.update, plan.learning_rate(trainee.update)
         label = labels if plan.conditional else None
         losses, logsnr = backward(trainee, plan, objective, world, images, label)
         trainee.scaler.unscale_(trainee.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        stop = torch.tensor(float(stop_requested()), device=world.device)
+        stops = torch.tensor(float(stop.requested), device=world.device)
         # What an update tells comes from the device at once, not figure by figure.
-        reduced = torch.stack([losses.sum() / plan.batch_size, stop, norm / world.size])
-        loss_value, stops, norm_value = world.sum(reduced).tolist()
+        reduced = torch.stack([losses.sum() / plan.batch_size, stops, norm / world.size])
+        loss_value, num_stops, norm_value = world.sum(reduced).tolist()
         finite = math.isfinite(norm_value)
         if finite:
             skips = 0
@@ -291,7 +304,7 @@ def updates(
             gradient_norm=norm_value,
             learning_rate=rate,
             skipped=not finite,
-            stop=stops > 0,
+            stop=num_stops > 0,
             losses=losses,
             logsnr=logsnr,
         )
@@ -398,22 +411,33 @@ def run_stage(
             monitor is not None and not monitor.shown(trainee.update)
         ):
             show()
-        for metrics in updates(trainee, plan, dataset, objective, world, lambda: stop.requested):
-            stopping = metrics.stop
-            # Weights that give no finite gradient are no place to go on from.
-            last = trainee.update == plan.updates
-            due = plan.saves_at(trainee.update) and (last or not metrics.skipped)
-            if monitor is not None:
-                monitor.after(metrics)
-            if due or stopping:
+        first, finite = trainee.update, True
+        try:
+            for metrics in updates(trainee, plan, dataset, objective, world, stop):
+                stopping, finite = metrics.stop, not metrics.skipped
+                # Weights that give no finite gradient are no place to go on from.
+                last = trainee.update == plan.updates
+                due = plan.saves_at(trainee.update) and (last or finite)
                 if monitor is not None:
-                    monitor.log.flush()
-                    callbacks.save()
-                stopping = world.any(stop.requested)
-            if due and not stopping:
-                show()
-            if stopping:
-                break
+                    monitor.after(metrics)
+                if due or stopping:
+                    if monitor is not None:
+                        monitor.log.flush()
+                        callbacks.save()
+                    stopping = world.any(stop.requested)
+                if due and not stopping:
+                    show()
+                if stopping:
+                    break
+        except DataError as error:
+            saved = trainee.update > first and finite
+            if monitor is not None and saved:
+                monitor.log.flush()
+                callbacks.save()
+            done = f"{'saved' if saved else 'ended'} at update {trainee.update} of {plan.updates}"
+            if stop.requested:
+                raise Stopped(f"stopped and {done} ({title}); {error}") from None
+            raise InputError(f"{error}; {done} ({title})") from None
     if world.any(stop.requested):  # one that came at the very end too
         raise Stopped(f"stopped and saved at update {trainee.update} of {plan.updates} ({title})")
 

@@ -1,3 +1,4 @@
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import distill
+import train
 from utils.build import build_network
+from utils.checkpoint import load_checkpoint
 from utils.command import InputError
 from utils.config import (
     Config,
@@ -18,6 +22,7 @@ from utils.config import (
     make_config,
     override,
     parse_yaml,
+    write_yaml,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -239,6 +244,119 @@ def test_the_file_is_named(tmp_path):
         load_config(tmp_path)
     path.write_text("")
     assert load_config(path) == Config()
+
+
+# --- sections, files, printing ----------------------------------------------------------------
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_its_defaults(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("seed: 3\nmodel:\n  # channels: 8\ndata:\n")
+    assert load_config(path) == Config(seed=3)
+    path.write_text("model: {channels: 64}\n")
+    assert load_config(path, ["model=null", "seed=3"]) == Config(seed=3)
+    path.write_text("modle:\n")
+    with pytest.raises(InputError, match="modle: unknown key; did you mean model"):
+        load_config(path)
+    path.write_text("seed:\n")
+    with pytest.raises(InputError, match=r"seed: .*valid integer"):
+        load_config(path)
+
+
+def test_a_config_is_read_from_a_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "a.yaml")
+    for path in (tmp_path / "a.yaml", Path("/dev/zero")):
+        with pytest.raises(InputError, match=f"{path}: not a regular file"):
+            load_config(path)
+
+
+def printed(capsys, script, *arguments):
+    capsys.readouterr()
+    assert script.main([*map(str, arguments), "--print_config"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_a_printed_config_is_read_back(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = printed(capsys, train, "--config_path", path, "--set", "seed=7")
+    again = tmp_path / "again.yaml"
+    again.write_text(text)
+    assert load_config(again) == load_config(path, ["seed=7"])
+    assert list(parse_yaml(text, "x")) == list(Config.model_fields), "every section, in order"
+    assert "{" not in text, "in blocks"
+    assert printed(capsys, train, "--config_path", again) == text
+    assert [p.name for p in tmp_path.iterdir()] == ["again.yaml"]
+
+
+TEACHER = CONFIGS.parent / "pretrained" / "mnist-teacher.safetensors"
+
+
+def test_a_printed_config_is_that_of_the_ladder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = ("--teacher_model_checkpoint", TEACHER, "--distillation_iterations", 3)
+    settings = ("--set", "distillation.updates_per_stage=[1, 2, 3]")
+    settings += ("distillation.learning_rate=[1e-5, 2e-5, .1]", "distillation.time_exponent=1.0")
+    text = printed(capsys, distill, *base, "--initial_sampling_steps", 32, *settings)
+    config = make_config(parse_yaml(text, "x"), "x")
+    stored = load_checkpoint(TEACHER).config
+    assert (config.model, config.diffusion) == (stored.model, stored.diffusion)
+    assert config.distillation.ladder() == (32, 16, 8)
+    assert config.distillation.learning_rate == (1e-5, 2e-5, 0.1)
+    assert not list(tmp_path.iterdir())
+    too_many = ("--initial_sampling_steps", 10**19, "--print_config")
+    assert distill.main([*map(str, (*base, *too_many))]) == 2
+    assert "distillation.first_steps" in capsys.readouterr().err
+
+
+NAMES = [
+    "1e3",
+    "010",
+    "yes",
+    "no",
+    "null",
+    "~",
+    ".5",
+    "1_0",
+    "12:30",
+    "2024-01-01",
+    "true",
+    "=",
+    "a: b",
+]
+NAMES += [
+    "- a",
+    "#a",
+    "'a'",
+    '"',
+    "a #b",
+    "é中",
+    "<<",
+    "!a",
+    "&a",
+    "*a",
+    "{a",
+    "%a",
+    "x" * 300,
+    "a " * 99 + "a",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_printed_as_text(name):
+    config = make_config({"data": {"root": name}, "output": name}, "x")
+    assert make_config(parse_yaml(write_yaml(config), "x"), "x") == config
+    assert write_yaml(config).isascii()
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_printed_text_is_read_as_printed(text):
+    with suppress(InputError):  # it is no path
+        config = make_config({"data": {"root": text}}, "x")
+        written = write_yaml(config)
+        assert parse_yaml(written, "x")["data"]["root"] == text
 
 
 # --- the ladder -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The original's checkpoints, read without JAX: values, every way they are written, and damage."""
 
 import copy
+import os
 import pickle
 from math import inf
 
@@ -15,6 +16,7 @@ from tests.toys import GOLDEN, golden
 from utils import convert_jax
 from utils.build import build_network
 from utils.checkpoint import load_checkpoint
+from utils.command import InputError
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -191,10 +193,13 @@ def test_arrays_of_no_dimension_are_numbers(run, content):
     assert load_checkpoint(path).num_steps == 8
     path.unlink()
 
-    def change_to_text(content):
-        content["num_sample_steps"] = "four"
+    for value in ("four", 2**20 + 1, -1):
 
-    assert "num_sample_steps is no whole number" in run(rewritten(content, change_to_text))
+        def change_to_other(content, value=value):
+            content["num_sample_steps"] = value
+
+        line = run(rewritten(content, change_to_other))
+        assert "num_sample_steps is no whole number up to 1048576" in line
 
 
 class Hostile:
@@ -244,3 +249,9 @@ def test_truncated_files_are_one_line(run):
     whole = (GOLDEN / "checkpoint.msgpack").read_bytes()
     for share in (0.1, 0.5, 0.99):
         assert "truncated, or no msgpack file" in run(whole[: int(len(whole) * share)])
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.msgpack")
+    with pytest.raises(InputError, match=r"a\.msgpack: not a regular file"):
+        convert_jax.read_msgpack(tmp_path / "a.msgpack")

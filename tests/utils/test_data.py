@@ -1,19 +1,28 @@
 import gzip
 import multiprocessing
 import os
+import re
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from utils.command import InputError
-from utils.data import ImageFolder, MemoryDataset, fit, open_dataset, read_mnist
+import train
+from tests.toys import tiny
+from utils.command import DataError, InputError
+from utils.data import MemoryDataset, fit, open_dataset, read_mnist
+from utils.image_folder import MOST_PIXELS, ImageFolder
 from utils.images import decode, encode
 
 CPU = torch.device("cpu")
@@ -24,8 +33,6 @@ def open_here(name="mnist", root="data", image_size=32, channels=1, workers=0):
 
 
 def test_mnist_is_complete_and_padded():
-    from pathlib import Path
-
     images, labels = read_mnist(Path("data/mnist"))
     assert images.shape == (60000, 28, 28)
     assert labels[:5].tolist() == [5, 0, 4, 1, 9]
@@ -72,7 +79,9 @@ def test_colored_digits_have_a_colour_each():
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "recompressed", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "altered", "recompressed", "empty", "endless", "pipe"]
+)
 def test_a_damaged_mnist_file_is_named(tmp_path, name, damage):
     shutil.copytree("data/mnist", tmp_path / "mnist")
     path = tmp_path / "mnist" / name
@@ -86,13 +95,18 @@ def test_a_damaged_mnist_file_is_named(tmp_path, name, damage):
         path.write_bytes(content)
     elif damage == "empty":
         path.write_bytes(b"")
+    elif damage == "endless":
+        path.write_bytes(gzip.compress(bytes(2**28), 1))
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     else:
         pixels = bytearray(gzip.decompress(content))
         pixels[1000] ^= 1
         path.write_bytes(gzip.compress(pixels, 1))
     with pytest.raises(InputError, match=str(path)) as caught:
         open_here(root=tmp_path)
-    assert "git checkout data/mnist" in str(caught.value)
+    assert "git checkout data/mnist" in str(caught.value) or damage == "pipe"
 
 
 # --- folders of images ----------------------------------------------------------------------
@@ -158,10 +172,221 @@ def test_workers_live_on_when_all_of_the_run_is_told_to_stop(folder):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(folder, workers):
-    (folder / "a" / "broken.png").write_bytes(b"\x89PNG no")
-    dataset = open_here("image_folder", folder, 16, 3, workers)
+    """At the start by its header, later if it has changed or its pixels cannot be decoded."""
+    broken = folder / "a" / "broken.png"
+    broken.write_bytes(b"\x89PNG no")
     with pytest.raises(InputError, match=r"a/broken.png: not a readable image"):
+        open_here("image_folder", folder, 16, 3, workers)
+    broken.write_bytes((folder / "a" / "big.png").read_bytes()[:2000])
+    dataset = open_here("image_folder", folder, 16, 3, workers)
+    with pytest.raises(DataError, match=r"a/broken.png: not a readable image"):
         list(dataset.batches([torch.arange(4)]))
+    broken.unlink()
+    with pytest.raises(DataError, match=r"a/broken.png: not a readable image"):
+        list(dataset.batches([torch.arange(4)]))
+
+
+def test_pipes_are_refused_and_hidden_files_skipped(folder):
+    (folder / "a" / "._big.png").write_bytes(b"what macOS leaves beside a file")
+    hidden = folder / ".thumbnails"
+    hidden.mkdir()
+    (hidden / "x.png").write_bytes(b"no image")
+    (folder / "a" / "folder.png").mkdir()
+    (folder / "loop").symlink_to(folder)
+    assert open_here("image_folder", folder, 16, 3).num_images == 3
+    os.mkfifo(folder / "a" / "pipe.png")
+    with pytest.raises(InputError, match=r"a/pipe.png: not a regular file"):
+        open_here("image_folder", folder, 16, 3)
+
+
+def resize_then_crop(image, size):
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize(
+    "shape", [(40, 20), (20, 50), (64, 64), (33, 47), (300, 211), (28, 28), (32, 500)]
+)
+@pytest.mark.parametrize("size", [16, 32, 33])
+def test_an_image_is_resized_and_then_cropped(tmp_path, shape, size):
+    rng = np.random.default_rng(sum(shape))
+    image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png")
+    found, _ = ImageFolder(tmp_path, size, 3)[0]
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), resize_then_crop(image, size))
+
+
+def test_a_long_narrow_image_takes_little_memory(tmp_path):
+    Image.new("L", (1_000_000, 1), 200).save(tmp_path / "x.png")
+    code = (
+        "import sys; from pathlib import Path; from resource import RUSAGE_SELF, getrusage\n"
+        "from utils.image_folder import ImageFolder\n"
+        "before = getrusage(RUSAGE_SELF).ru_maxrss\n"
+        "image, _ = ImageFolder(Path(sys.argv[1]), 32, 3)[0]\n"
+        "assert (image == 200).all()\n"
+        "print(getrusage(RUSAGE_SELF).ru_maxrss - before)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert int(out.stdout) < 100_000  # kilobytes
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path):
+    Image.new("1", (2**14, MOST_PIXELS // 2**14 + 1)).save(tmp_path / "x.png")
+    with pytest.raises(InputError, match=r"x.png: 16384 x 4097 pixels are too many"):
+        open_here("image_folder", tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_black(tmp_path, mode, recwarn):
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.paste((200, 200, 200, 255), (0, 0, 8, 4))
+    if mode == "P":
+        image = image.convert("RGB").quantize(4)
+        red = image.getpixel((0, 7))
+        image.save(tmp_path / "x.png", transparency=bytes(0 if n == red else 255 for n in range(4)))
+    else:
+        image.convert(mode).save(tmp_path / "x.png")
+    pixels, _ = ImageFolder(tmp_path, 8, 3)[0]
+    assert (pixels[:, :4] == 200).all()
+    assert (pixels[:, 4:] == 0).all()
+    assert not recwarn.list
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+    image = Image.new("L", (16, 16))
+    image.paste(255, (0, 0, 16, 8))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise: what is above comes to the right
+    image.save(tmp_path / "x.jpg", quality=100, exif=exif)
+    pixels, _ = ImageFolder(tmp_path, 16, 1)[0]
+    assert (pixels[0, :, :7] < 30).all()
+    assert (pixels[0, :, 9:] > 225).all()
+
+
+def test_ten_thousand_headers_are_looked_at_in_seconds(tmp_path):
+    Image.new("L", (28, 28)).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    for n in range(2000):
+        (tmp_path / f"{n}.png").write_bytes(content)
+    (tmp_path / "zz.png").write_text("no image")
+    begun = time.process_time()
+    with pytest.raises(InputError, match=r"zz.png: not a readable image"):
+        open_here("image_folder", tmp_path)
+    assert time.process_time() - begun < 5  # a hundred times what it takes
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+
+def many(folder, workers=1):
+    dataset = open_here("image_folder", folder, 16, 3, workers)
+    return dataset.batches(torch.arange(4) % dataset.num_images for _ in range(50))
+
+
+def test_a_killed_worker_is_named_between_two_batches(folder):
+    batches = many(folder)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"data.workers: .* ended unexpectedly, perhaps killed"):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_too_few_open_files_are_one_line(folder):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
+        "import torch; from utils.data import open_dataset; from utils.command import InputError\n"
+        "d = open_dataset('image_folder', sys.argv[1], 16, 3, 2, torch.device('cpu'))\n"
+        "try: next(d.batches([torch.arange(2)]))\n"
+        "except InputError as error: print(error)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert out.stdout.startswith("data.workers: 2 need 96 open files, but the limit is 60"), out
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+
+
+HANGING = """
+import os, signal, sys, torch
+from utils.data import open_dataset
+from utils.command import DataError, stop_requests
+from utils.image_folder import ImageFolder
+
+def hang(self, index):
+    print(os.getpid(), flush=True)
+    signal.pause()
+
+d = open_dataset("image_folder", sys.argv[1], 16, 3, 1, torch.device("cpu"))
+ImageFolder.__getitem__ = hang
+import utils.command
+utils.command.STALLED = 1
+with stop_requests() as stop:
+    try:
+        next(stop.between(d.batches([torch.arange(2)])))
+    except DataError as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_run_whatever_it_does(folder, sent):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, folder], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(process.stdout.readline())
+    process.send_signal(sent)
+    said, _ = process.communicate(timeout=30)
+    if sent != signal.SIGKILL:
+        assert process.returncode == 0
+        assert "no image was read in 1 seconds" in said
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            state = (Path("/proc") / str(worker) / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker is alive")
+
+
+def test_a_file_that_breaks_in_mid_run_costs_no_update(folder, tmp_path_factory, capsys):
+    """The updates done are saved, the run says which file it is, and then goes on from there."""
+    output = tmp_path_factory.mktemp("run")
+    config = output / "tiny.yaml"
+    values = tiny(
+        data={"name": "image_folder", "root": str(folder), "channels": 3, "workers": 1},
+        training={"checkpoint_every": 1000, "updates": 40, "batch_size": 1},
+    )
+    config.write_text(yaml.safe_dump(values))
+    good = (folder / "b" / "wide.png").read_bytes()
+    (folder / "b" / "wide.png").write_bytes(good[:-300])  # its header is whole
+    command = ["--config_path", str(config), "--output", str(output / "run"), "--device", "cpu"]
+    codes = [train.main(command)]
+    said = capsys.readouterr().err
+    assert "b/wide.png: not a readable image" in said
+    saved = re.search(r"saved at update (\d+) of 40", said)
+    if saved:  # it is not the first image of all
+        assert (output / "run" / f"diffusion-{saved[1]}.pt").exists()
+    (folder / "b" / "wide.png").write_bytes(good)
+    codes.append(train.main(command))
+    assert codes == [2, 0]
+    assert (output / "run" / "diffusion-40.pt").exists()
+    if saved:
+        assert "going on from" in capsys.readouterr().out
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):
@@ -237,3 +462,24 @@ def test_uint8_round_trips():
     assert (x.min(), x.max()) == (-1, 1)
     assert torch.equal(decode(x), every)
     assert torch.equal(decode(torch.tensor([-7.0, 7.0])), torch.tensor([0, 255], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [torch.zeros(125, 1, 16, 16, dtype=torch.uint8), torch.zeros(125, 1, 32, 32), None],
+    ids=["size", "type", "damaged"],
+)
+def test_a_file_of_other_images_in_the_gallery_is_drawn_again(tmp_path, content):
+    from safetensors.torch import save_file
+
+    from evaluation.gallery import _read
+
+    path = tmp_path / "00000.safetensors"
+    if content is None:
+        path.write_bytes(b"no tensors")
+    else:
+        save_file({"images": content}, path)
+    assert _read(path, (125, 1, 32, 32)) is None
+    images = torch.full((125, 1, 32, 32), 3, dtype=torch.uint8)
+    save_file({"images": images}, path)
+    assert torch.equal(_read(path, (125, 1, 32, 32)), images)

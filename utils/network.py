@@ -1,0 +1,67 @@
+"""From a config to its network, and a checkpoint's weights into it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.gaussian import OUTPUT_TYPES
+from models.unet import UNet
+from utils.command import InputError
+from utils.config import Config
+
+
+def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
+    """The config's network with fresh weights, in the memory format that the device likes.
+
+    GPUs convolve channels_last. On a CPU that gains up to 5% on wide networks, but GroupNorm with
+    one channel a group, as small networks have it, then takes several times as long.
+    """
+    sizes = config.model.model_dump()
+    if dropout is not None:
+        sizes["dropout"] = dropout
+    channels = config.data.channels
+    network = UNet(
+        image_size=config.data.image_size,
+        image_channels=channels,
+        output_channels=channels * OUTPUT_TYPES[config.diffusion.prediction].channels,
+        **sizes,
+    )
+    fast = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return network.to(device, memory_format=fast)  # type: ignore[call-overload]
+
+
+def misfit(weights: Mapping[str, Tensor], config: Config) -> str:
+    """Returns which weights are missing, left over or of another shape; empty if all fit.
+
+    The config's network is built without memory, so that no config can ask for too much.
+    """
+    try:
+        with torch.device("meta"):
+            wanted = build_network(config, torch.device("meta")).state_dict()
+    except RuntimeError:  # sizes whose product is no number of bytes
+        return "the config asks for a network larger than any memory"
+    wrong = {
+        "missing": [name for name in wanted if name not in weights],
+        "left over": [repr(name)[1:-1] for name in weights if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {what}: {', '.join(names[:3])}{', ..' if len(names) > 3 else ''}"
+        for what, names in wrong.items()
+        if names
+    )
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Puts the weights of a checkpoint into the network. Raises InputError if they do not fit."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise InputError(f"{where}: weights of another network: {first[0].strip()}") from None
