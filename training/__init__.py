@@ -1,1 +1,0 @@
-"""Training: the loop, the stages of a run, and its folder."""
