@@ -52,7 +52,7 @@ results: $(VENV)/.installed
 	$(RANKS) train.py --config_path $(SMALL)
 	$(RANKS) distill.py --config_path $(SMALL) \
 		--teacher_model_checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1)
-	$(BIN)/python -m utils.publish --half --name mnist --output pretrained \
+	$(BIN)/python -m tools.publish --half --name mnist --output pretrained \
 		--checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1) \
 		$(foreach n,64 32 16 8 4 2 1,output/distilled/mnist_small/student-$(n).pt)
 	$(MAKE) evaluate

@@ -49,13 +49,13 @@ def distill(arguments: argparse.Namespace) -> None:
     """Goes down the ladder, stage by stage, from where an earlier run stopped if there is one."""
     from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
-    from utils.build import build_dataset
-    from utils.checkpoint import load_checkpoint, require_name
-    from utils.config import write_yaml
-    from utils.distributed import join_world
-    from utils.runs import distillation_config, require_same_ladder
-    from utils.stages import Run, begun, train_student
-    from utils.training import own_rows
+    from pipeline.build import build_dataset
+    from pipeline.checkpoint import load_checkpoint, require_name
+    from pipeline.config import write_yaml
+    from training.folder import distillation_config, require_same_ladder
+    from training.loop import own_rows
+    from training.stages import Run, begun, train_student
+    from utils.processes import join_world
 
     base_path = arguments.teacher_model_checkpoint
     base = load_checkpoint(base_path)

@@ -63,11 +63,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
     from evaluation.results import markdown, summary
-    from utils.checkpoint import load_checkpoint
-    from utils.config import load_config
-    from utils.distributed import World, join_world
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.config import load_config
+    from training.folder import require_no_download, require_no_run
     from utils.files import make_folder
-    from utils.runs import require_no_download, require_no_run
+    from utils.processes import World, join_world
 
     output = arguments.output
     require_no_run(output)

@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(arguments: argparse.Namespace) -> None:
     """Draws what the command line asks for and writes it."""
-    from utils.build import load_denoiser
-    from utils.checkpoint import load_checkpoint
-    from utils.distributed import join_world
-    from utils.sampling import SampleRequest, require_output, write_folder, write_grid, write_npz
+    from pipeline.build import load_denoiser
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.sampling import SampleRequest, require_output, write_folder, write_grid, write_npz
+    from utils.processes import join_world
 
     path, count, output = arguments.checkpoint, arguments.count, arguments.output
     checkpoint = load_checkpoint(path)

@@ -41,12 +41,12 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> None:
     """Trains the base model to the end of its plan, from its newest checkpoint if there is one."""
     from evaluation.curves import draw_loss_curve
-    from utils.build import build_dataset
-    from utils.checkpoint import load_checkpoint, require_name
-    from utils.config import load_config, write_yaml
-    from utils.distributed import join_world
-    from utils.stages import Run, begun, train_base
-    from utils.training import own_rows
+    from pipeline.build import build_dataset
+    from pipeline.checkpoint import load_checkpoint, require_name
+    from pipeline.config import load_config, write_yaml
+    from training.loop import own_rows
+    from training.stages import Run, begun, train_base
+    from utils.processes import join_world
 
     config = load_config(arguments.config_path, arguments.set)
     if arguments.print_config:

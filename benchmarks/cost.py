@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_costs(arguments: argparse.Namespace) -> None:
     """A row of each table for each config."""
-    from utils.config import load_config
+    from pipeline.config import load_config
 
     if (
         min(
@@ -134,8 +134,8 @@ def cost_of(config: Any) -> dict[str, float]:
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.flop_counter import FlopCounterMode
 
-    from utils.build import image_shape
-    from utils.network import build_network
+    from pipeline.build import image_shape
+    from pipeline.network import build_network
 
     device = torch.device("meta")
     network = build_network(config, device)

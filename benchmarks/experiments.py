@@ -33,8 +33,8 @@ from utils.files import write_text
 
 if TYPE_CHECKING:
     from evaluation.gallery import Gallery
-    from utils.checkpoint import Checkpoint
-    from utils.config import Config
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.config import Config
 
 BASE = Path("configs/mnist_small.yaml")
 COMMON = [
@@ -142,8 +142,8 @@ def train_for(seconds: int, folder: Path, base: Path, overrides: list[str]) -> P
     Raises Diverged.
     """
     import train
-    from utils.config import load_config
-    from utils.metrics import read_metrics
+    from pipeline.config import load_config
+    from training.metrics import read_metrics
 
     updates = planned_updates(seconds, folder, lambda: cpu_seconds(load_config(base, overrides)))
     last = folder / f"diffusion-{updates}.pt"
@@ -188,7 +188,7 @@ def samples_in(folder: Path) -> "Gallery":
     import torch
 
     from evaluation.gallery import Gallery
-    from utils.distributed import World
+    from utils.processes import World
 
     return Gallery(folder / "images", World(torch.device("cpu")), seed=0, batch_size=125)
 
@@ -203,7 +203,7 @@ def measure(path: Path, folder: Path, samplers: list[str], steps: int | None, co
     from evaluation.comparison import Comparison
     from evaluation.features import make_extractor
     from evaluation.gallery import real_images
-    from utils.checkpoint import load_checkpoint
+    from pipeline.checkpoint import load_checkpoint
 
     known = folder / "result.json"
     if known.exists():
@@ -244,10 +244,9 @@ def cpu_seconds(config: "Config", teacher: "Checkpoint | None" = None) -> float:
     """The CPU time of an update, over some that are not the first. teacher: of distillation's."""
     import torch
 
-    from utils.build import build_dataset, build_denoiser, build_schedule, load_denoiser
-    from utils.distributed import World
-    from utils.network import build_network
-    from utils.training import (
+    from pipeline.build import build_dataset, build_denoiser, build_schedule, load_denoiser
+    from pipeline.network import build_network
+    from training.loop import (
         Plan,
         Trainee,
         base_objective,
@@ -255,6 +254,7 @@ def cpu_seconds(config: "Config", teacher: "Checkpoint | None" = None) -> float:
         student_objective,
         updates,
     )
+    from utils.processes import World
 
     device = torch.device("cpu")
     network = build_network(config, device)
@@ -327,7 +327,7 @@ def changes_of(name: str) -> str:
 
 def losses_of(folder: Path) -> list[str]:
     """The mean loss of the updates 850 to 1,150, and of the last tenth of all."""
-    from utils.metrics import read_metrics
+    from training.metrics import read_metrics
 
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]

@@ -81,8 +81,8 @@ def compare(arguments: argparse.Namespace) -> None:
 def distil_for(seconds: int, folder: Path, teacher_path: Path, changes: list[str]) -> Path:
     """Distils one stage in so much CPU time of one thread; returns the student's checkpoint."""
     import distill
-    from utils.checkpoint import digest, load_checkpoint
-    from utils.runs import distillation_config
+    from pipeline.checkpoint import digest, load_checkpoint
+    from training.folder import distillation_config
 
     teacher = load_checkpoint(teacher_path)
     if teacher.num_steps is None or teacher.num_steps % 2:
@@ -113,11 +113,11 @@ def held_out_loss(student_path: Path, teacher_path: Path) -> float:
     import torch
 
     from evaluation.gallery import real_images
-    from utils.build import build_schedule, load_denoiser
-    from utils.checkpoint import load_checkpoint
+    from pipeline.build import build_schedule, load_denoiser
+    from pipeline.checkpoint import load_checkpoint
+    from training.loop import student_objective
     from utils.images import encode
     from utils.randomness import generator
-    from utils.training import student_objective
 
     device = torch.device("cpu")
     student = load_checkpoint(student_path)
@@ -139,7 +139,7 @@ def held_out_loss(student_path: Path, teacher_path: Path) -> float:
 def sample_distance(student_path: Path, folder: Path, arguments: argparse.Namespace) -> float:
     """The mean squared distance of its samples to its teacher's, from the same noise."""
     from evaluation.comparison import squared_distance
-    from utils.checkpoint import load_checkpoint
+    from pipeline.checkpoint import load_checkpoint
 
     def samples(path: Path, where: Path) -> "Tensor":
         checkpoint = load_checkpoint(path)

@@ -19,8 +19,8 @@ from diffusion.losses import LOSS_WEIGHTS
 from diffusion.samplers import ddim
 from diffusion.schedule import Schedule, sampling_levels, transition_levels
 from evaluation.gallery import real_images
-from utils.build import build_schedule, image_shape, load_denoiser
-from utils.checkpoint import load_checkpoint
+from pipeline.build import build_schedule, image_shape, load_denoiser
+from pipeline.checkpoint import load_checkpoint
 from utils.command import InputError, parse, path_name, run_command, say, whole_number
 from utils.images import encode
 from utils.randomness import ImageNoise, generator

@@ -50,9 +50,9 @@ def measure(arguments: argparse.Namespace) -> None:
     """Takes all measures, prints the table and writes the JSON file."""
     import torch
 
-    from utils.config import load_config
-    from utils.distributed import choose_device
+    from pipeline.config import load_config
     from utils.files import write_text
+    from utils.processes import choose_device
 
     config = load_config(arguments.config_path, arguments.set)
     device = choose_device(arguments.device)
@@ -83,7 +83,7 @@ class Bench:
     def __init__(self, config, device, steps: int) -> None:  # type: ignore[no-untyped-def]
         import torch
 
-        from utils.build import build_schedule, image_shape
+        from pipeline.build import build_schedule, image_shape
 
         self.config, self.device, self.steps = config, device, steps
         self.batch_size = config.training.batch_size
@@ -124,7 +124,7 @@ class Bench:
         """A network of the config, no part of which is zero: that would be cheap."""
         import torch
 
-        from utils.network import build_network
+        from pipeline.network import build_network
 
         made = build_network(self.config, self.device, dropout=0.0)
         for parameter in made.parameters():
@@ -134,13 +134,13 @@ class Bench:
 
     def denoiser(self, network):  # type: ignore[no-untyped-def]
         """The network as the engine calls it."""
-        from utils.build import build_denoiser
+        from pipeline.build import build_denoiser
 
         return build_denoiser(self.config, network, self.device)
 
     def updates_measured(self) -> dict[str, Callable[[], object]]:
         """The engine's updates, and the networks alone: forward, backward, Adam; two forwards."""
-        from utils.training import base_objective, make_optimizer, student_objective
+        from training.loop import base_objective, make_optimizer, student_objective
 
         config, schedule = self.config, self.schedule
         train = self._endless_updates(
@@ -215,9 +215,9 @@ class Bench:
         """The engine's updates, for ever."""
         import torch
 
-        from utils.data import MemoryDataset
-        from utils.distributed import World
-        from utils.training import Plan, Trainee, make_optimizer, updates
+        from pipeline.data import MemoryDataset
+        from training.loop import Plan, Trainee, make_optimizer, updates
+        from utils.processes import World
 
         trained = self.network()
         average = copy.deepcopy(trained).requires_grad_(False) if ema else None

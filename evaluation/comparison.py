@@ -25,9 +25,9 @@ from evaluation.quality import (
     share_nearer,
 )
 from evaluation.results import FLOOR, Key, Results, Row, read_results, write_results
-from utils.checkpoint import Checkpoint, digest
+from pipeline.checkpoint import Checkpoint, digest
+from pipeline.config import DataConfig
 from utils.command import InputError, say
-from utils.config import DataConfig
 from utils.images import encode, make_grid, save_png
 
 Images = UInt8[Tensor, "n c h w"]

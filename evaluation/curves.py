@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from training.metrics import read_metrics
 from utils.files import atomic_write
-from utils.metrics import read_metrics
 
 
 def draw_loss_curve(folder: Path) -> Path:

@@ -10,9 +10,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from evaluation.digits import load_digit_network
-from utils.checkpoint import digest
+from pipeline.checkpoint import digest
+from pipeline.data import fit
 from utils.command import InputError
-from utils.data import fit
 from utils.images import encode
 from utils.progress import progress_bar
 

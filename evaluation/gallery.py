@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evaluation.digits import TRAINED_ON
-from utils.build import build_dataset, image_shape, load_denoiser
-from utils.checkpoint import Checkpoint, digest
+from pipeline.build import build_dataset, image_shape, load_denoiser
+from pipeline.checkpoint import Checkpoint, digest
+from pipeline.config import Config
+from pipeline.data import colored_mnist, fit, mnist
+from pipeline.engine import sampling_engine
+from pipeline.image_folder import ImageFolder
+from pipeline.sampling import SampleRequest
 from utils.command import InputError
-from utils.config import Config
-from utils.data import colored_mnist, fit, mnist
-from utils.distributed import World
-from utils.engine import sampling_engine
 from utils.files import atomic_write, require_regular_file
-from utils.image_folder import ImageFolder
+from utils.processes import World
 from utils.progress import progress_bar
 from utils.randomness import generator
-from utils.sampling import SampleRequest
 
 CHUNK = 125  # images a file
 LARGEST_ARRAY = 2**32  # bytes of an .npz that are read: more than 300,000 images of 64x64x3

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion.gaussian import Denoiser
-from utils.build import build_denoiser, build_schedule, image_shape
-from utils.checkpoint import Checkpoint, digest
-from utils.config import Config
-from utils.distributed import World
+from pipeline.build import build_denoiser, build_schedule, image_shape
+from pipeline.checkpoint import Checkpoint, digest
+from pipeline.config import Config
+from pipeline.network import build_network, load_weights
+from pipeline.sampling import class_labels, sample_batch
 from utils.files import atomic_write
-from utils.network import build_network, load_weights
+from utils.processes import World
 from utils.randomness import ImageNoise
-from utils.sampling import class_labels, sample_batch
 
 NUM_IMAGES = 64  # over which a trajectory error is taken
 

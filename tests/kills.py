@@ -30,16 +30,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline.checkpoint import digest, load_checkpoint
 from tests.toys import tiny
-from utils.checkpoint import digest, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 # What is watched: where a function is looked up, its name, and what it does.
 WATCHED = [
-    ("utils.stages", "run_stage", "stage"),
-    ("utils.stages", "save_checkpoint", "save"),
-    ("utils.stages", "save_png", "grid"),
-    ("utils.stages", "prune", "prune"),
+    ("training.stages", "run_stage", "stage"),
+    ("training.stages", "save_checkpoint", "save"),
+    ("training.stages", "save_png", "grid"),
+    ("training.stages", "prune", "prune"),
     ("evaluation.report", "save_png", "grid"),
     ("evaluation.report", "write_table", "table"),
     ("evaluation.report", "draw_pictures", "pictures"),
@@ -55,7 +55,7 @@ WATCHED = [
 PRELOADED = [
     "train",
     "distill",
-    "utils.stages",
+    "training.stages",
     "evaluation.report",
     "evaluation.curves",
     "torch.utils.tensorboard",

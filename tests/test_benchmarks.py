@@ -10,10 +10,10 @@ import distill
 import train
 from benchmarks import ablation, cost, experiments, stages, steps, throughput
 from evaluation.gallery import RealImages, real_images
+from pipeline.build import build_network
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.config import load_config
 from tests.toys import tiny
-from utils.build import build_network
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config import load_config
 
 
 def test_the_benchmark_measures_what_it_says(tmp_path, capsys):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import train
-from utils.config import Config
+from pipeline.config import Config
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", 300))
 WRONG = [None, True, -1, 0, 0.5, "x", [], {}, [1, "x"], 1e300, ".nan", 2**70]

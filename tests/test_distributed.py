@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from evaluation.gallery import CHUNK
+from pipeline.checkpoint import digest, load_checkpoint
 from tests.toys import tiny
-from utils.checkpoint import digest, load_checkpoint
-from utils.distributed import join_world
+from utils.processes import join_world
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("torchrun")  # what they share is made once

@@ -20,14 +20,14 @@ from evaluation.comparison import Comparison, Partners, asked_share, plan_jobs
 from evaluation.gallery import CHUNK, Gallery, RealImages, real_images
 from evaluation.quality import Quality
 from evaluation.results import Results, Row, summary
+from pipeline.build import build_denoiser, build_network
+from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
+from pipeline.config import make_config
+from pipeline.data import read_mnist
+from pipeline.sampling import SampleRequest
 from tests.toys import tiny
 from utils import publish
-from utils.build import build_denoiser, build_network
-from utils.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
-from utils.config import make_config
-from utils.data import read_mnist
-from utils.distributed import World
-from utils.sampling import SampleRequest
+from utils.processes import World
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ import sample
 import train
 from evaluation.quality import Quality
 from evaluation.results import Results, Row, markdown, read_results, summary, write_results
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from tests.toys import tiny
 from utils import publish
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def test_what_is_measured_or_drawn_does_not_go_among_a_runs_files(
     given = ("--checkpoint", workshop["teacher"], "--output")
     assert "holds " in refused(capsys, evaluate, *given, folder)
     assert "holds " in refused(capsys, sample, *given, folder, "--count", 2)
-    monkeypatch.setattr("utils.sampling.write_grid", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("pipeline.sampling.write_grid", lambda *_: pytest.fail("drawn"))
     for name in ("loss.png", "comparison.png", "student-4.png", "diffusion-1.png"):
         assert "writes it; give another name" in refused(capsys, sample, *given, folder / name)
     assert contents(folder) == before
@@ -264,7 +264,7 @@ def test_a_folder_deleted_in_mid_run_is_one_line(workshop, tmp_path, monkeypatch
         shutil.rmtree(out)
         save_checkpoint(path, checkpoint)
 
-    monkeypatch.setattr("utils.stages.save_checkpoint", gone)
+    monkeypatch.setattr("training.stages.save_checkpoint", gone)
     assert run(train, "--config_path", workshop["config"], "--output", out) == 2
     said = capfd.readouterr().err
     assert "Traceback" not in said
@@ -316,7 +316,7 @@ def test_results_that_are_not_results_are_one_line(tmp_path):
 
 
 def test_a_student_of_the_same_name_but_another_stage_is_of_another_ladder(workshop, tmp_path):
-    from utils.runs import require_same_ladder
+    from training.folder import require_same_ladder
 
     student = workshop["ladder"] / "student-4.pt"
     shutil.copy(student, tmp_path)

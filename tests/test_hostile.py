@@ -29,12 +29,12 @@ import distill
 import evaluate
 import sample
 import train
+from pipeline.checkpoint import FORMAT, digest, load_checkpoint, publish_checkpoint, save_checkpoint
+from tests.pipeline.test_checkpoint import checkpoint, entries_of, save_entries
 from tests.test_scripts import refused, run
 from tests.toys import tiny
-from tests.utils.test_checkpoint import checkpoint, entries_of, save_entries
-from utils.checkpoint import FORMAT, digest, load_checkpoint, publish_checkpoint, save_checkpoint
+from training.folder import newest_whole, numbered
 from utils.command import InputError
-from utils.runs import newest_whole, numbered
 
 # module, name, and what it is called with; {0} is a file that must not appear
 GADGETS = [
@@ -463,7 +463,9 @@ def test_nothing_is_downloaded_into_a_folder_that_a_checkpoint_names(
     entries["config"]["data"] |= {"name": name, "root": root}
     save_entries(tmp_path / "x.pt", entries)
     asked = []
-    monkeypatch.setattr("utils.build.open_dataset", lambda name, root, *_: asked.append(root) or 0)
+    monkeypatch.setattr(
+        "pipeline.build.open_dataset", lambda name, root, *_: asked.append(root) or 0
+    )
     given = ("--teacher_model_checkpoint", tmp_path / "x.pt", "--output", tmp_path / "out")
     line = refused(capsys, distill, *given)
     assert f"x.pt: data.root: '{root}' is the checkpoint's, and {name} may be downloaded" in line

@@ -9,9 +9,9 @@ from PIL import Image
 
 import distill
 import train
+from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint, save_checkpoint
 from tests.test_scripts import refused, run, write_config
-from utils.checkpoint import digest, load_checkpoint, publish_checkpoint, save_checkpoint
-from utils.runs import numbered
+from training.folder import numbered
 
 STILL = ("--set", "training.learning_rate=1e-30", "training.warmup=0")  # weights stay as they are
 

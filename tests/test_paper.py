@@ -10,9 +10,9 @@ from PIL import Image
 
 import distill
 import train
-from tests.utils.test_config import CONFIGS
-from utils.checkpoint import load_checkpoint
-from utils.config import load_config
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import load_config
+from tests.pipeline.test_config import CONFIGS
 
 NETWORKS = {
     "cifar10": (32, 60_004_099),

@@ -12,8 +12,8 @@ from evaluation.features import make_extractor
 from evaluation.gallery import Gallery
 from evaluation.quality import class_shares, confident_share
 from evaluation.results import finest_base, read_results, summary
-from utils.checkpoint import digest, load_checkpoint
-from utils.distributed import World
+from pipeline.checkpoint import digest, load_checkpoint
+from utils.processes import World
 
 ROOT = Path(__file__).parents[1]
 PRETRAINED = ROOT / "pretrained"

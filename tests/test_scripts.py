@@ -21,11 +21,11 @@ from PIL import Image
 import distill
 import sample
 import train
+from pipeline.build import build_network
+from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
+from pipeline.config import make_config, override
+from pipeline.engine import sampling_engine
 from tests.toys import tiny
-from utils.build import build_network
-from utils.checkpoint import digest, load_checkpoint, save_checkpoint
-from utils.config import make_config, override
-from utils.engine import sampling_engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,7 +196,7 @@ def test_restart_deletes_what_the_run_wrote_and_nothing_else(workshop, tmp_path,
 
 def test_a_folder_where_another_run_writes_is_left_alone(workshop, tmp_path, capsys):
     hold = (
-        "import sys; from pathlib import Path; from utils.runs import kept_to_itself\n"
+        "import sys; from pathlib import Path; from training.folder import kept_to_itself\n"
         f"with kept_to_itself(Path({str(tmp_path)!r})) as alone:\n"
         "    print(alone, flush=True); sys.stdin.read()"
     )
@@ -535,7 +535,7 @@ def test_ctrl_c_in_the_last_save_of_a_stage_is_heard(
         if checkpoint.update in (3, 4):  # the last of the stage
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("utils.stages.save_checkpoint", interrupted)
+    monkeypatch.setattr("training.stages.save_checkpoint", interrupted)
     if script is train:
         arguments = ("--config_path", workshop["config"])
     else:
@@ -556,7 +556,7 @@ def test_who_stops_a_restarted_run_is_told_not_to_restart_it(
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.stages.save_checkpoint", interrupted)
+        patch.setattr("training.stages.save_checkpoint", interrupted)
         assert run(train, *given) == 130
     assert "without --restart, which would DELETE it" in capsys.readouterr().err
     (saved,) = base.glob("diffusion-*.pt")
@@ -645,7 +645,7 @@ def test_an_output_that_is_a_file_is_one_line(workshop, tmp_path, capsys):
 
 def test_help_answers_without_importing_torch():
     code = "import sys, {0}; {0}.main(['--help']); sys.exit('torch' in sys.modules)"
-    for script in ("train", "distill", "sample", "evaluate", "utils.publish"):
+    for script in ("train", "distill", "sample", "evaluate", "tools.publish"):
         process = start("-c", code.format(script))
         process.communicate(timeout=60)
         assert process.returncode == 0

@@ -16,8 +16,8 @@ import yaml
 
 import sample
 import train
+from pipeline.checkpoint import load_checkpoint
 from tests.toys import tiny
-from utils.checkpoint import load_checkpoint
 from utils.command import (
     InputError,
     StopRequest,
@@ -30,7 +30,7 @@ from utils.command import (
     stop_requests,
     warn,
 )
-from utils.distributed import join_world
+from utils.processes import join_world
 from utils.progress import progress_bar
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +191,7 @@ def test_a_closed_terminal_and_a_spent_limit_save(tmp_path, number, monkeypatch,
     """Twice, as a shell and the system both tell of a closed terminal; and the first one saves."""
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny(training={"updates": 1000, "checkpoint_every": 1000})))
-    from utils.training import backward
+    from training.loop import backward
 
     def stopped(trainee, *arguments):
         if trainee.update == 2:
@@ -199,7 +199,7 @@ def test_a_closed_terminal_and_a_spent_limit_save(tmp_path, number, monkeypatch,
             os.kill(os.getpid(), number)
         return backward(trainee, *arguments)
 
-    monkeypatch.setattr("utils.training.backward", stopped)
+    monkeypatch.setattr("training.loop.backward", stopped)
     out = tmp_path / "out"
     assert train.main(["--config_path", str(config), "--output", str(out)]) == 130
     assert "stopped and saved at update 3" in capsys.readouterr().err

@@ -24,8 +24,8 @@ from evaluation.quality import (
     precision_and_recall,
     share_nearer,
 )
+from pipeline.data import fit, read_mnist
 from utils.command import InputError
-from utils.data import fit, read_mnist
 from utils.randomness import generator
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ from PIL import Image
 
 from evaluation.report import LadderRow, draw_pictures, ladder_table, write_table
 from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
+from pipeline.build import build_network
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import make_config
 from tests.toys import tiny
-from utils.build import build_network
-from utils.checkpoint import Checkpoint
-from utils.config import make_config
-from utils.distributed import World
+from utils.processes import World
 
 CPU = torch.device("cpu")
 HERE = Path("a.pt")

@@ -7,9 +7,9 @@ import torch
 
 from models.layers import Attention, ResBlock, group_norm, lecun_normal_, time_features
 from models.unet import UNet
+from pipeline.config import DiffusionConfig
 from tests.toys import GOLDEN, golden
-from utils.config import DiffusionConfig
-from utils.convert_jax import read_msgpack, state_dict_of
+from tools.convert_jax import read_msgpack, state_dict_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

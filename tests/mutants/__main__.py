@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/diffusion", "tests/utils/test_training.py"]
+TESTS = ["tests/diffusion", "tests/training/test_loop.py"]
 
 
 def main() -> int:

@@ -4,8 +4,8 @@ import os
 import pytest
 
 from evaluation.curves import draw_loss_curve
+from training.metrics import MetricsLog, read_metrics
 from utils.command import InputError
-from utils.metrics import MetricsLog, read_metrics
 
 GOOD = {"stage": 0, "update": 1, "loss": 0.5}
 

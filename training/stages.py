@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.build import build_denoiser, build_schedule
-from utils.checkpoint import Checkpoint, State, digest, load_checkpoint, save_checkpoint
-from utils.command import InputError, say
-from utils.config import Config, Stage
-from utils.data import Dataset
-from utils.distributed import World
-from utils.images import by_class, make_grid, save_png
-from utils.network import build_network, load_weights
-from utils.runs import (
+from pipeline.build import build_denoiser, build_schedule
+from pipeline.checkpoint import Checkpoint, State, digest, load_checkpoint, save_checkpoint
+from pipeline.config import Config, Stage
+from pipeline.data import Dataset
+from pipeline.network import build_network, load_weights
+from pipeline.sampling import SampleRequest
+from training.folder import (
     delete_run,
     kept_to_itself,
     newest_whole,
@@ -31,8 +29,7 @@ from utils.runs import (
     require_same_run,
     sweep,
 )
-from utils.sampling import SampleRequest
-from utils.training import (
+from training.loop import (
     Callbacks,
     Plan,
     Trainee,
@@ -44,6 +41,9 @@ from utils.training import (
     run_stage,
     student_objective,
 )
+from utils.command import InputError, say
+from utils.images import by_class, make_grid, save_png
+from utils.processes import World
 
 
 @dataclass(frozen=True)

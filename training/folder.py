@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.command import DamagedCheckpoint, InputError, warn
-from utils.config import (
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.config import (
     Config,
     DataConfig,
     differences,
@@ -18,8 +17,9 @@ from utils.config import (
     make_config,
     override,
 )
+from training.metrics import read_metrics
+from utils.command import DamagedCheckpoint, InputError, warn
 from utils.files import make_folder
-from utils.metrics import read_metrics
 
 # What may change while a run goes on: where things lie and what is drawn, not what is learnt.
 FREE_KEYS = {

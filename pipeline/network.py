@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffusion.gaussian import OUTPUT_TYPES
 from models.unet import UNet
+from pipeline.config import Config
 from utils.command import InputError
-from utils.config import Config
 
 
 def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.toys import tiny
-from utils.checkpoint import (
+from pipeline.checkpoint import (
     FORMAT,
     Checkpoint,
     digest,
@@ -21,11 +20,12 @@ from utils.checkpoint import (
     publish_checkpoint,
     save_checkpoint,
 )
+from pipeline.config import make_config
+from pipeline.network import build_network, load_weights
+from tests.toys import tiny
+from training.folder import newest_whole
 from utils.command import DamagedCheckpoint, InputError, handled
-from utils.config import make_config
 from utils.files import atomic_write
-from utils.network import build_network, load_weights
-from utils.runs import newest_whole
 
 
 def checkpoint(**changes):
@@ -270,7 +270,7 @@ def test_what_passes_by_is_no_damage(tmp_path, monkeypatch, error, hint):
 
     path = tmp_path / "diffusion-1.pt"
     save_checkpoint(path, checkpoint())
-    monkeypatch.setattr("utils.checkpoint.torch.load", fail)
+    monkeypatch.setattr("pipeline.checkpoint.torch.load", fail)
     with pytest.raises(InputError, match=hint) as raised:
         newest_whole([path])
     assert not isinstance(raised.value, DamagedCheckpoint)
@@ -417,7 +417,7 @@ def test_an_error_of_the_code_is_not_taken_for_damage(saved, monkeypatch, functi
     def broken(*args):
         raise AttributeError("a mistake in the code")
 
-    monkeypatch.setattr(f"utils.checkpoint.{function}", broken)
+    monkeypatch.setattr(f"pipeline.checkpoint.{function}", broken)
     with pytest.raises(AttributeError, match="a mistake in the code"):
         newest_whole([saved])
     assert saved.exists()
@@ -427,7 +427,7 @@ def test_a_lack_of_memory_is_not_taken_for_damage(saved, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..")
 
-    monkeypatch.setattr("utils.checkpoint.torch.load", full)
+    monkeypatch.setattr("pipeline.checkpoint.torch.load", full)
     with pytest.raises(InputError, match="not enough memory to read it"):
         newest_whole([saved])
     assert saved.exists()

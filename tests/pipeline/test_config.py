@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 import distill
 import train
-from utils.build import build_network
-from utils.checkpoint import load_checkpoint
-from utils.command import InputError
-from utils.config import (
+from pipeline.build import build_network
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import (
     Config,
     DistillationConfig,
     differences,
@@ -24,6 +23,7 @@ from utils.config import (
     parse_yaml,
     write_yaml,
 )
+from utils.command import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

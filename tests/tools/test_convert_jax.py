@@ -12,10 +12,10 @@ import torch
 import yaml
 
 import sample
+from pipeline.build import build_network
+from pipeline.checkpoint import load_checkpoint
 from tests.toys import GOLDEN, golden
 from utils import convert_jax
-from utils.build import build_network
-from utils.checkpoint import load_checkpoint
 from utils.command import InputError
 
 CPU = torch.device("cpu")

@@ -8,20 +8,14 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch import nn
 
 from diffusion.losses import LOSS_WEIGHTS
+from pipeline.build import build_denoiser, build_network, load_weights
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import TrainingConfig, make_config
+from pipeline.data import MemoryDataset
 from tests.toys import COSINE, tiny
-from utils.build import build_denoiser, build_network, load_weights
-from utils.checkpoint import load_checkpoint
-from utils.command import InputError
-from utils.config import TrainingConfig, make_config
-from utils.data import MemoryDataset
-from utils.distributed import World
-from utils.ema import ema_decay_at, update_ema
-from utils.images import encode
-from utils.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
-from utils.randomness import ImageNoise, batch_indices, generator
-from utils.runs import prune
-from utils.stages import Run, train_base, train_student
-from utils.training import (
+from training.average import ema_decay_at, update_ema
+from training.folder import prune
+from training.loop import (
     Objective,
     Plan,
     Trainee,
@@ -34,6 +28,12 @@ from utils.training import (
     student_objective,
     updates,
 )
+from training.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
+from training.stages import Run, train_base, train_student
+from utils.command import InputError
+from utils.images import encode
+from utils.processes import World
+from utils.randomness import ImageNoise, batch_indices, generator
 
 CPU = torch.device("cpu")
 ALONE = World(CPU)
@@ -403,7 +403,7 @@ def test_a_student_has_no_dropout_and_no_average(tmp_path, monkeypatch):
         built.append(denoiser.network)
         return student_objective(denoiser, *others)
 
-    monkeypatch.setattr("utils.stages.student_objective", spy)
+    monkeypatch.setattr("training.stages.student_objective", spy)
     student = train_student(run, teacher, 0)
     assert student.ema is None
     assert student.num_steps == 4
@@ -423,7 +423,7 @@ def test_a_student_starts_as_its_teachers_average(tmp_path, monkeypatch):
         started.append({k: v.clone() for k, v in trainee.network.state_dict().items()})
         assert not trainee.optimizer.state, "a fresh optimiser"
 
-    monkeypatch.setattr("utils.stages.run_stage", stop)
+    monkeypatch.setattr("training.stages.run_stage", stop)
     train_student(run, teacher, 0)
     assert all(torch.equal(started[0][key], value) for key, value in teacher.ema.items())
     assert any(not torch.equal(value, teacher.model[key]) for key, value in teacher.ema.items())
@@ -440,7 +440,7 @@ def test_the_rate_falls_to_zero_in_every_stage(tmp_path):
     started = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "utils.stages.load_weights", lambda *a: started.append(a[1]) or load_weights(*a)
+            "training.stages.load_weights", lambda *a: started.append(a[1]) or load_weights(*a)
         )
         train_student(run, first, 1)
     assert all(weights is first.model for weights in started), "a student's raw weights"

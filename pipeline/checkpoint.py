@@ -27,10 +27,10 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from pipeline.config import Config, explain, make_config
+from pipeline.network import misfit
 from utils.command import DamagedCheckpoint, InputError
-from utils.config import Config, explain, make_config
 from utils.files import atomic_write, require_regular_file
-from utils.network import misfit
 
 FORMAT = "progressive-distillation"
 FORMAT_VERSION = 1

@@ -26,8 +26,8 @@ from diffusion.gaussian import OUTPUT_TYPES
 from diffusion.losses import LOSS_WEIGHTS
 from diffusion.samplers import make_sampler
 from diffusion.schedule import SCHEDULES
+from pipeline.data import DATASETS
 from utils.command import InputError
-from utils.data import DATASETS
 from utils.files import require_regular_file
 
 # --- kinds of values ----------------------------------------------------------------------------

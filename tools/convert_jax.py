@@ -1,4 +1,4 @@
-"""Reads the paper's released checkpoints: python -m utils.convert_jax CHECKPOINT --config_path ..
+"""Reads the paper's released checkpoints: python -m tools.convert_jax CHECKPOINT --config_path ..
 
 The original (JAX, flax) writes one msgpack map {step, optimizer, ema_params, num_sample_steps}. No
 JAX is needed to read it, and nothing in it is executed.
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Reads, checks every name and shape, and writes."""
-    from utils.checkpoint import Checkpoint, publish_checkpoint, require_name
-    from utils.config import load_config
+    from pipeline.checkpoint import Checkpoint, publish_checkpoint, require_name
+    from pipeline.config import load_config
 
     if arguments.output.suffix != ".safetensors":
         raise InputError(f"--output {arguments.output}: give a name that ends in .safetensors")
@@ -241,7 +241,7 @@ def state_dict_of(parameters: Parameters, levels: int, path: Path) -> State:
 
 def require_fit(state: State, config: Any, path: Path, config_path: Path) -> None:
     """Raises InputError that says which weights are missing, left over, or of another shape."""
-    from utils.network import misfit
+    from pipeline.network import misfit
 
     found = misfit(state, config)
     if found:

@@ -14,17 +14,17 @@ from torch import Tensor
 from diffusion.gaussian import Denoise, Denoiser, Prediction, clipped, guided
 from diffusion.samplers import OnStep, make_sampler
 from diffusion.schedule import Schedule, sampling_levels
-from utils.build import build_schedule, image_shape
-from utils.checkpoint import Checkpoint
+from pipeline.build import build_schedule, image_shape
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config
+from pipeline.image_folder import IMAGE_SUFFIXES
+from training.folder import require_no_run, run_in, writes
 from utils.command import InputError, warn
-from utils.config import Config
-from utils.distributed import World
 from utils.files import atomic_write, make_folder
-from utils.image_folder import IMAGE_SUFFIXES
 from utils.images import by_class, decode, make_grid, save_gif, save_png, to_pillow
+from utils.processes import World
 from utils.progress import progress_bar
 from utils.randomness import ImageNoise
-from utils.runs import require_no_run, run_in, writes
 
 
 def sample_batch(

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.image_folder import ImageFolder, StreamedDataset
 from utils.command import InputError
 from utils.files import require_regular_file
-from utils.image_folder import ImageFolder, StreamedDataset
 from utils.randomness import generator
 
 Batch = tuple[Tensor, Tensor | None]

@@ -1,4 +1,4 @@
-"""Makes files for others: python -m utils.publish --checkpoint A.pt B.pt --name mnist."""
+"""Makes files for others: python -m tools.publish --checkpoint A.pt B.pt --name mnist."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
     """Writes each checkpoint; a student goes on naming its teacher where that is among them."""
-    from utils.checkpoint import digest, load_checkpoint, publish_checkpoint
+    from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint
 
     if not name.strip() or name[0] in ".-" or "/" in name or not name.isprintable():
         raise InputError(f"--name {name!r}: not what file names begin with; take e.g. mnist")

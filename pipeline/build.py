@@ -7,12 +7,12 @@ from torch import nn
 
 from diffusion.gaussian import Denoiser
 from diffusion.schedule import Schedule, make_schedule
-from utils.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config
+from pipeline.data import Dataset, open_dataset
+from pipeline.engine import accelerated, allow_tf32, sampling_engine
+from pipeline.network import build_network, load_weights
 from utils.command import InputError
-from utils.config import Config
-from utils.data import Dataset, open_dataset
-from utils.engine import accelerated, allow_tf32, sampling_engine
-from utils.network import build_network, load_weights
 
 
 def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> Denoiser:

@@ -19,10 +19,10 @@ import yaml
 from PIL import Image
 
 import train
+from pipeline.data import MemoryDataset, fit, open_dataset, read_mnist
+from pipeline.image_folder import MOST_PIXELS, ImageFolder
 from tests.toys import tiny
 from utils.command import DataError, InputError
-from utils.data import MemoryDataset, fit, open_dataset, read_mnist
-from utils.image_folder import MOST_PIXELS, ImageFolder
 from utils.images import decode, encode
 
 CPU = torch.device("cpu")
@@ -223,7 +223,7 @@ def test_a_long_narrow_image_takes_little_memory(tmp_path):
     Image.new("L", (1_000_000, 1), 200).save(tmp_path / "x.png")
     code = (
         "import sys; from pathlib import Path; from resource import RUSAGE_SELF, getrusage\n"
-        "from utils.image_folder import ImageFolder\n"
+        "from pipeline.image_folder import ImageFolder\n"
         "before = getrusage(RUSAGE_SELF).ru_maxrss\n"
         "image, _ = ImageFolder(Path(sys.argv[1]), 32, 3)[0]\n"
         "assert (image == 200).all()\n"
@@ -302,7 +302,7 @@ def test_too_few_open_files_are_one_line(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
-        "import torch; from utils.data import open_dataset; from utils.command import InputError\n"
+        "import torch; from pipeline.data import open_dataset; from utils.command import InputError\n"
         "d = open_dataset('image_folder', sys.argv[1], 16, 3, 2, torch.device('cpu'))\n"
         "try: next(d.batches([torch.arange(2)]))\n"
         "except InputError as error: print(error)"
@@ -320,9 +320,9 @@ def test_too_few_open_files_are_one_line(folder):
 
 HANGING = """
 import os, signal, sys, torch
-from utils.data import open_dataset
+from pipeline.data import open_dataset
 from utils.command import DataError, stop_requests
-from utils.image_folder import ImageFolder
+from pipeline.image_folder import ImageFolder
 
 def hang(self, index):
     print(os.getpid(), flush=True)

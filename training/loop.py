@@ -15,13 +15,13 @@ from diffusion.distillation import distillation_loss
 from diffusion.gaussian import Denoise, Denoiser, conditioned
 from diffusion.losses import LOSS_WEIGHTS, denoising_loss
 from diffusion.schedule import Schedule, transition_levels
+from pipeline.config import TrainingConfig
+from pipeline.data import Dataset
+from training.average import ema_decay_at, update_ema
+from training.metrics import BINNED_EVERY, LossBins, MetricsLog, sample_statistics
 from utils.command import DataError, InputError, Stopped, StopRequest, stop_requests, warn
-from utils.config import TrainingConfig
-from utils.data import Dataset
-from utils.distributed import World
-from utils.ema import ema_decay_at, update_ema
 from utils.images import encode, make_grid
-from utils.metrics import BINNED_EVERY, LossBins, MetricsLog, sample_statistics
+from utils.processes import World
 from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
 

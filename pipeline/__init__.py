@@ -1,0 +1,1 @@
+"""From a config to images: config, data, networks, checkpoints, sampling."""

@@ -1,0 +1,1 @@
+"""Commands that run once: publishing, and formats of others."""

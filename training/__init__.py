@@ -1,0 +1,1 @@
+"""Training: the loop, the stages of a run, its folder."""
