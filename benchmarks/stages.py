@@ -115,8 +115,8 @@ def held_out_loss(student_path: Path, teacher_path: Path) -> float:
     from evaluation.gallery import real_images
     from pipeline.build import build_schedule, load_denoiser
     from pipeline.checkpoint import load_checkpoint
+    from pipeline.codec import encode
     from training.loop import student_objective
-    from utils.images import encode
     from utils.randomness import generator
 
     device = torch.device("cpu")

@@ -21,8 +21,8 @@ from diffusion.schedule import Schedule, sampling_levels, transition_levels
 from evaluation.gallery import real_images
 from pipeline.build import build_schedule, image_shape, load_denoiser
 from pipeline.checkpoint import load_checkpoint
+from pipeline.codec import encode
 from utils.command import InputError, parse, path_name, run_command, say, whole_number
-from utils.images import encode
 from utils.randomness import ImageNoise, generator
 
 BATCH_SIZE = 100

@@ -26,9 +26,10 @@ from evaluation.quality import (
 )
 from evaluation.results import FLOOR, Key, Results, Row, read_results, write_results
 from pipeline.checkpoint import Checkpoint, digest
+from pipeline.codec import encode
 from pipeline.config import DataConfig
 from utils.command import InputError, say
-from utils.images import encode, make_grid, save_png
+from utils.images import make_grid, save_png
 
 Images = UInt8[Tensor, "n c h w"]
 PICTURED = 12  # samples beside their nearest training images

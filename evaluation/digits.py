@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.codec import encode
 from pipeline.data import fit, read_mnist
 from utils.command import InputError, parse, path_name, run_command, say, whole_number
 from utils.files import atomic_write
-from utils.images import encode
 from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from evaluation.digits import load_digit_network
 from pipeline.checkpoint import digest
+from pipeline.codec import encode
 from pipeline.data import fit
 from utils.command import InputError
-from utils.images import encode
 from utils.progress import progress_bar
 
 BATCH_SIZE = 250

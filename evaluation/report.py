@@ -10,11 +10,12 @@ from torch import Tensor
 
 from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
 from pipeline.checkpoint import Checkpoint
+from pipeline.codec import decode
 from training.folder import reference_steps
 from training.stages import Run
 from utils.command import say
 from utils.files import atomic_write, write_text
-from utils.images import by_class, decode, make_grid, save_png
+from utils.images import by_class, make_grid, save_png
 
 PICTURED_STEPS = 8  # of the three-column picture: teacher | teacher at 8 | student at 8
 PICTURED_STAGES = (8, 4, 2, 1)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion.gaussian import Denoiser
-from pipeline.build import build_denoiser, build_schedule, image_shape
+from pipeline.build import build_denoiser, image_shape
 from pipeline.checkpoint import Checkpoint, digest
 from pipeline.config import Config
 from pipeline.network import build_network, load_weights

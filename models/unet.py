@@ -17,6 +17,7 @@ from models.layers import (
     ResBlock,
     conv,
     group_norm,
+    guidance_features,
     linear,
     time_features,
 )

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from diffusion.gaussian import Denoiser
-from diffusion.schedule import Schedule, make_schedule
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config
+from pipeline.config import Config, EngineConfig
 from pipeline.data import Dataset, open_dataset
 from pipeline.engine import accelerated, allow_tf32, sampling_engine
 from pipeline.network import build_network, load_weights
@@ -22,19 +21,21 @@ def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> 
     return Denoiser(called, config.diffusion.prediction)
 
 
-def load_denoiser(checkpoint: Checkpoint, where: Path, device: torch.device) -> Denoiser:
-    """The checkpoint's network, ready to be sampled. where: its file, for errors."""
-    engine = sampling_engine(checkpoint.config.engine, device)
+def load_denoiser(
+    checkpoint: Checkpoint,
+    where: Path,
+    device: torch.device,
+    engine: EngineConfig | None = None,
+) -> Denoiser:
+    """Returns the checkpoint's frozen network with what its output means.
+
+    where: its file, for errors. engine: how to call it; by default as sampling_engine says.
+    """
+    engine = engine or sampling_engine(checkpoint.config.engine, device)
     config = checkpoint.config.model_copy(update={"engine": engine})
-    network = build_network(config, device).eval()
+    network = build_network(config, device, dropout=0.0).eval().requires_grad_(False)
     load_weights(network, checkpoint.weights, where)
     return build_denoiser(config, network, device)
-
-
-def build_schedule(config: Config) -> Schedule:
-    """The config's noise schedule."""
-    diffusion = config.diffusion
-    return make_schedule(diffusion.schedule, diffusion.logsnr_min, diffusion.logsnr_max)
 
 
 def build_dataset(config: Config, device: torch.device) -> Dataset:

@@ -27,13 +27,15 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from pipeline.config import Config, explain, make_config
-from pipeline.network import misfit
+from diffusion.grids import Grid, require_grid, uniform_grid
+from pipeline.config import Config, SamplerName, explain, make_config
+from pipeline.network import build_schedule, misfit
 from utils.command import DamagedCheckpoint, InputError
 from utils.files import atomic_write, require_regular_file
 
 FORMAT = "progressive-distillation"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1 had num_steps in the place of grid and sampler
 NOT_OURS = "not a checkpoint of this project"
 
 State = dict[str, Tensor]
@@ -46,6 +48,11 @@ def _name(name: str) -> str:
     if not fits or "/" in name or not name.isprintable():  # paths of results are made of it
         raise ValueError(f"{name[:60]!r}: take at most 200 bytes, printable, without /")
     return name
+
+
+def _grid(levels: tuple[float, ...]) -> tuple[float, ...]:
+    require_grid(torch.tensor(levels, dtype=torch.float64))
+    return levels
 
 
 def _state(value: Any) -> State:
@@ -83,11 +90,13 @@ Short = Annotated[str, Field(max_length=200)]
 class Checkpoint:
     """A network with all that is needed to use it, and to go on training it.
 
-    kind: base or student. name: of the config. update, stage: how far it was trained. num_steps:
-    the sampling steps it was made for, None for a base model. model: the weights being trained;
-    ema: their average, None where none is kept. optimizer: None in a file that is not trained on;
-    scaler: of the loss in fp16, empty otherwise. lineage: the digest of the weights that it began
-    with: of a student its teacher's, of a base model those of train.py --initialise (initial).
+    kind: base or student. name: of the config. update, stage: how far it was trained. grid: the
+    noise levels that a student was made for, as logsnr from t = 1 down to +inf; sampler: how it is
+    sampled on them; both None for a base model. model: the weights being trained; ema: their
+    average; walker: the average that walks the paths of its distillation; None where none is kept.
+    optimizer: None in a file that is not trained on; scaler: of the loss in fp16. lineage: the
+    digest of the weights that it began with: of a student its teacher's, of a base model those of
+    train.py --initialise (initial).
 
     Raises pydantic.ValidationError for entries that cannot be.
     """
@@ -97,9 +106,11 @@ class Checkpoint:
     config: Config
     update: Annotated[int, Field(ge=0, le=2**31)]
     stage: Annotated[int, Field(ge=0, le=2**10)]
-    num_steps: Annotated[int, Field(ge=1, le=2**20)] | None
     model: CheckedState
+    grid: Annotated[tuple[float, ...], AfterValidator(_grid), Field(max_length=2**20)] | None = None
+    sampler: SamplerName | None = None
     ema: CheckedState | None = None
+    walker: CheckedState | None = None
     optimizer: dict[str, Any] | None = None
     scaler: Annotated[dict[str, Any], PlainValidator(_scaler)] = field(default_factory=dict)
     lineage: Annotated[dict[Short, Short], Field(max_length=8)] = field(default_factory=dict)
@@ -107,12 +118,23 @@ class Checkpoint:
     @model_validator(mode="after")
     def _consistent(self) -> "Checkpoint":
         base = self.kind == "base"
-        if base != (self.num_steps is None) or base != (self.stage == 0):
+        if not base == (self.grid is None) == (self.sampler is None) == (self.stage == 0):
             raise ValueError(
-                f"kind: {self.kind}, but stage is {self.stage} and num_steps {self.num_steps}; a "
-                "base model has stage 0 and no num_steps, a student has both"
+                f"kind: {self.kind}, but stage is {self.stage}, num_steps {self.num_steps} and "
+                f"sampler {self.sampler}; a base model has stage 0 and neither of the others"
             )
         return self
+
+    @property
+    def num_steps(self) -> int | None:
+        """The sampling steps that a student was made for, None for a base model."""
+        return None if self.grid is None else len(self.grid) - 1
+
+    def levels(self, num_steps: int | None = None) -> Grid:
+        """The grid to sample on in so many steps: a student's own, or a uniform one."""
+        if self.grid is not None and num_steps in (None, self.num_steps):
+            return torch.tensor(self.grid, dtype=torch.float64)
+        return uniform_grid(build_schedule(self.config), num_steps or self.config.sampling.steps)
 
     @property
     def weights(self) -> State:
@@ -235,6 +257,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def _entries(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entries as a file holds them, the config as plain values."""
     entries = {entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)}
+    if checkpoint.grid is not None:
+        entries["grid"] = list(checkpoint.grid[:-1])  # JSON knows no infinity
     return entries | {"config": checkpoint.config.model_dump(mode="json")}
 
 
@@ -254,28 +278,33 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     version = content.pop("format_version", None)
-    if type(version) is not int or version != FORMAT_VERSION:
-        said = repr(version)[:60]
-        raise InputError(f"{path}: format version {said}; this code reads {FORMAT_VERSION}")
+    if type(version) is not int or version not in READABLE:
+        said, known = repr(version)[:60], " and ".join(map(str, READABLE))
+        raise InputError(f"{path}: format version {said}; this code reads {known}")
     if content.pop("digest", None) != digest(content):
         raise DamagedCheckpoint(f"{path}: damaged, its content is not what was saved")
-    checkpoint = _checked(content, path)
-    for name, state in (("model", checkpoint.model), ("ema", checkpoint.ema)):
+    checkpoint = _checked(content, path, version)
+    states = {name: getattr(checkpoint, name) for name in ("model", "ema", "walker")}
+    for name, state in states.items():
         if state is not None and (wrong := misfit(state, checkpoint.config)):
             raise InputError(f"{path}: {name}: not the network of its config: {wrong}")
-    states = {"model": checkpoint.model, "ema": checkpoint.ema}
     require_finite({**states, "optimizer": checkpoint.optimizer}, path)
     return checkpoint
 
 
-def _checked(content: dict[Any, Any], path: Path) -> Checkpoint:
+def _checked(content: dict[Any, Any], path: Path, version: int) -> Checkpoint:
     """The checkpoint of these entries. Raises InputError that names the first wrong one."""
+    num_steps = content.pop("num_steps", None) if version == 1 else None
     known = [entry.name for entry in fields(Checkpoint)]
     if unknown := [name for name in content if name not in known]:
         raise InputError(f"{path}: {str(unknown[0])[:60]!r}: unknown; known: {', '.join(known)}")
     if not isinstance(content.get("config"), dict):
         raise InputError(f"{path}: its config: missing, or not a mapping of keys to values")
     content["config"] = make_config(content["config"], f"{path}: its config")
+    if version == 1 and num_steps is not None:
+        content |= _as_version_2(num_steps, content["config"], path)
+    elif isinstance(content.get("grid"), list):
+        content["grid"] = (*content["grid"], math.inf)
     for name in ("model", "ema"):  # published weights may have half the precision
         if isinstance(content.get(name), dict):
             content[name] = {
@@ -286,6 +315,14 @@ def _checked(content: dict[Any, Any], path: Path) -> Checkpoint:
         return Checkpoint(**content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error)}") from None
+
+
+def _as_version_2(num_steps: Any, config: Config, path: Path) -> dict[str, Any]:
+    """The grid and the sampler of a student whose checkpoint has its step count alone."""
+    if type(num_steps) is not int or not 1 <= num_steps <= 2**20:
+        raise InputError(f"{path}: num_steps: not a whole number from 1 to {2**20}")
+    grid = uniform_grid(build_schedule(config), num_steps)
+    return {"grid": tuple(grid.tolist()), "sampler": "ddim"}
 
 
 @contextmanager
@@ -340,7 +377,7 @@ def _read_saved(path: Path) -> Any:
 
 # --- for others to use ---------------------------------------------------------------------------
 
-NOT_PUBLISHED = ("model", "ema", "optimizer", "scaler")  # of a checkpoint's entries
+NOT_PUBLISHED = ("model", "ema", "walker", "optimizer", "scaler")  # of a checkpoint's entries
 
 
 def publish_checkpoint(path: Path, checkpoint: Checkpoint, half: bool) -> None:

@@ -6,12 +6,11 @@ model.resample: a config without that key keeps the network that it has always h
 
 import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,13 +21,14 @@ from pydantic import (
     model_validator,
 )
 
+from diffusion.distillation import METHODS
 from diffusion.gaussian import OUTPUT_TYPES
-from diffusion.losses import LOSS_WEIGHTS
+from diffusion.losses import LOSSES, SQUARED_ERRORS
 from diffusion.samplers import make_sampler
 from diffusion.schedule import SCHEDULES
 from pipeline.data import DATASETS
 from utils.command import InputError
-from utils.files import require_regular_file
+from utils.strict_yaml import override, read_yaml
 
 # --- kinds of values ----------------------------------------------------------------------------
 
@@ -72,11 +72,20 @@ Counts = Annotated[
 DatasetName = Annotated[str, one_of(DATASETS)]
 OutputTypeName = Annotated[str, one_of(OUTPUT_TYPES)]
 ScheduleName = Annotated[str, one_of(SCHEDULES)]
-LossWeightName = Annotated[str, one_of(LOSS_WEIGHTS)]
+LossWeightName = Annotated[str, one_of(SQUARED_ERRORS)]
 SamplerName = Annotated[str, AfterValidator(_sampler_name)]
 CountPerStage = Count | Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)]
 PositivePerStage = Positive | Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 Exponent = Annotated[float, Field(ge=1.0, le=10.0)]
+LossName = Annotated[str, one_of(LOSSES)]
+MethodName = Annotated[str, one_of(METHODS)]
+MethodPerStage = MethodName | Annotated[tuple[MethodName, ...], BeforeValidator(_as_tuple)]
+Weight = Annotated[float, Field(ge=0.0, le=100.0)]
+Time = Annotated[float, Field(ge=0.0, le=1.0)]
+GridChoice = (
+    Literal["uniform", "adaptive"] | Annotated[tuple[Time, ...], BeforeValidator(_as_tuple)]
+)
+PER_STAGE = ("method", "updates_per_stage", "learning_rate", "time_exponent")
 ExponentPerStage = Exponent | Annotated[tuple[Exponent, ...], BeforeValidator(_as_tuple)]
 
 
@@ -116,7 +125,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The UNet's sizes (models/unet.py)."""
+    """The UNet's sizes (models/unet.py). guidance: its students of guided distillation have it."""
 
     channels: Annotated[int, Field(ge=4, le=2**14)] = 128
     embedding_channels: Annotated[int, Field(ge=1, le=2**16)] | None = None
@@ -129,6 +138,49 @@ class ModelConfig(Section):
     resample: Literal["block", "conv", "plain"] = "block"
     patch_size: Annotated[int, Field(ge=1, le=64)] = 1
     num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    guidance: bool = False
+
+    def misfit(self, image_size: int, where: str) -> str | None:
+        """What keeps the network from working on images of this size; None if nothing does.
+
+        where: the section's place in the config, for the key with which the text begins.
+        """
+        divisor = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+        if image_size % divisor:
+            return (
+                f"data.image_size: {image_size} is not divisible by {divisor}, which "
+                f"{where}.patch_size and the {len(self.channel_multipliers)} levels of "
+                f"{where}.channel_multipliers ask"
+            )
+        levels = range(len(self.channel_multipliers))
+        resolutions = [image_size // self.patch_size >> level for level in levels]
+        for resolution in self.attention_resolutions:
+            if resolution not in resolutions:
+                return (
+                    f"{where}.attention_resolutions: {resolution} does not occur; the levels have "
+                    f"{', '.join(map(str, resolutions))}"
+                )
+        widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
+        if resolutions[-1] == 1 and widths[-1] == math.gcd(32, widths[-1]):
+            return (
+                f"{where}.channel_multipliers: {len(widths)} levels leave one pixel, which "
+                f"GroupNorm cannot normalise with {widths[-1]} channels, one a group; take fewer "
+                "levels"
+            )
+        with_attention = {
+            width
+            for width, resolution in zip(widths, resolutions, strict=True)
+            if resolution in self.attention_resolutions
+        } | {widths[-1]}  # the middle block always attends
+        key = "attention_head_dim" if self.attention_head_dim else "attention_heads"
+        value = self.attention_head_dim or self.attention_heads
+        for width in sorted(with_attention):
+            if width % value:
+                return (
+                    f"{where}.{key}: {value} does not divide the {width} channels that attention "
+                    "has"
+                )
+        return None
 
 
 class DiffusionConfig(Section):
@@ -166,44 +218,83 @@ class TrainingConfig(Recipe):
     milestone_every: Count | None = None
 
 
-class Stage(NamedTuple):
-    """What differs from stage to stage. learning_rate: the initial one."""
-
-    updates: int
-    learning_rate: float
-    time_exponent: float
-
-
 class DistillationConfig(Recipe):
-    """The ladder. first_steps: the FIRST student's steps; each of the iterations halves them.
+    """The ladder, and how each of its students is made.
 
-    updates_per_stage, learning_rate, time_exponent: one number, or a list with one for each stage.
-    The rate falls to 0 within every stage. time_exponent: 1 draws all steps alike, as the paper
-    does; p draws the noisier ones more often, step i of N with ((i + 1) / N)^p - (i / N)^p.
+    ladder: the teacher's steps, then those of every student. null: first_steps, of the FIRST
+    student, halved by each of the iterations. method: an entry of METHODS. grid: uniform in time;
+    adaptive, the steps that share the teacher's error; or, for a ladder of one student, its times
+    from 1 down to 0. student: the network, if it is not the teacher's. losses: the terms of the
+    loss and their weights, in place of loss_weight. guidance: the range of the guidance weight that
+    the student takes as an input. ema_decay: of the average that is evaluated; walker_decay: of the
+    one that walks the paths of tract and consistency. pull: decay towards the teacher's weights.
+
+    method, updates_per_stage, learning_rate, time_exponent: one value, or a list with one for each
+    stage. The rate falls to 0 within every stage. time_exponent: 1 draws all transitions alike, as
+    the paper does; p draws the noisier ones more often, i of N with ((i + 1) / N)^p - (i / N)^p.
     """
 
     first_steps: Annotated[int, Field(ge=1, le=2**19)] = 512
     iterations: Annotated[int, Field(ge=1, le=31)] = 7
+    ladder: Annotated[Counts, Field(min_length=2)] | None = None
+    method: MethodPerStage = "progressive"
+    grid: GridChoice = "uniform"
+    student: ModelConfig | None = None
     updates_per_stage: CountPerStage = 5000
     learning_rate: PositivePerStage = 1.0e-4
     time_exponent: ExponentPerStage = 1.0
     loss_weight: LossWeightName = "snr_trunc"
+    losses: Annotated[dict[LossName, Positive], Field(min_length=1)] | None = None
+    guidance: Annotated[tuple[Weight, Weight], BeforeValidator(_as_tuple)] | None = None
+    ema_decay: Fraction | None = None
+    walker_decay: Fraction = 0.5
+    pull: Annotated[float, Field(ge=0.0)] = 0.0
 
     @model_validator(mode="after")
     def _ladder_exists(self) -> "DistillationConfig":
-        self.ladder()
-        for key in ("updates_per_stage", "learning_rate", "time_exponent"):
+        counts = self.steps()[1:]
+        length = f"iterations is {self.iterations}"
+        if self.ladder is not None:
+            length = f"the ladder has {len(counts)}"
+        for key in PER_STAGE:
             value = getattr(self, key)
-            if isinstance(value, tuple) and len(value) != self.iterations:
+            if isinstance(value, tuple) and len(value) != len(counts):
                 raise ValueError(
-                    f"{key} lists {len(value)} stages, but iterations is {self.iterations}: "
+                    f"{key} lists {len(value)} stages, but {length}: "
                     "give one number, or one for each stage"
                 )
+        methods = {self.of_stage(position)["method"] for position in range(len(counts))}
+        for name in sorted(methods):
+            if METHODS[name].needs_average and self.ema_decay is None:
+                raise ValueError(
+                    f"ema_decay: the method {name} evaluates an average of the student's weights; "
+                    "give its decay, e.g. 0.999"
+                )
+        if self.guidance is not None and self.guidance[0] >= self.guidance[1]:
+            raise ValueError(f"guidance: {list(self.guidance)} is no range; give [low, high]")
+        if isinstance(self.grid, tuple):
+            self._require_times(self.grid, counts)
         return self
 
-    def ladder(self) -> tuple[int, ...]:
-        """The students' step counts, e.g. (512, 256, .., 8). Raises ValueError if one is odd."""
-        steps = [self.first_steps]
+    def _require_times(self, times: tuple[float, ...], counts: Sequence[int]) -> None:
+        falls = all(b < a for a, b in pairwise(times))
+        if len(times) < 2 or times[0] != 1 or times[-1] != 0 or not falls:
+            raise ValueError(f"grid: {list(times)} does not decrease from 1 to 0")
+        if len(counts) != 1 or counts[0] != len(times) - 1:
+            raise ValueError(
+                f"grid: lists the times of {len(times) - 1} steps, but the ladder's students have "
+                f"{', '.join(map(str, counts))}; list one student's, or take uniform or adaptive"
+            )
+
+    def steps(self) -> tuple[int, ...]:
+        """The teacher's step count and every student's, e.g. (1024, 512, .., 8).
+
+        Raises ValueError for a ladder that cannot be.
+        """
+        if self.ladder is not None:
+            self._require_ladder(self.ladder)
+            return self.ladder
+        steps = [2 * self.first_steps, self.first_steps]
         for stage in range(1, self.iterations):
             if steps[-1] % 2:
                 raise ValueError(
@@ -214,17 +305,32 @@ class DistillationConfig(Recipe):
             steps.append(steps[-1] // 2)
         return tuple(steps)
 
-    def stage(self, position: int) -> Stage:
-        """A stage's own recipe, counted from 0."""
+    def _require_ladder(self, ladder: tuple[int, ...]) -> None:
+        for n, (teacher, student) in enumerate(pairwise(ladder)):
+            if student > teacher or (n and student == teacher):
+                raise ValueError(
+                    f"ladder: {student} steps after {teacher}; only the first student may have as "
+                    "many steps as its teacher, all others have fewer"
+                )
+            if self.grid == "uniform" and teacher % student:
+                raise ValueError(
+                    f"ladder: {student} does not divide the {teacher} steps before it; take a "
+                    "divisor, or grid: adaptive"
+                )
 
-        def own(value: Any) -> Any:
-            return value[position] if isinstance(value, tuple) else value
-
-        return Stage(own(self.updates_per_stage), own(self.learning_rate), own(self.time_exponent))
+    def of_stage(self, position: int) -> dict[str, Any]:
+        """A stage's own values of the keys in PER_STAGE, counted from 0."""
+        values = {key: getattr(self, key) for key in PER_STAGE}
+        return {k: v[position] if isinstance(v, tuple) else v for k, v in values.items()}
 
     def updates_after(self, position: int) -> int:
-        """Of all stages that follow this one."""
-        return sum(self.stage(n).updates for n in range(position + 1, self.iterations))
+        """The updates of all stages that follow this one."""
+        later = range(position + 1, len(self.steps()) - 1)
+        return sum(self.of_stage(n)["updates_per_stage"] for n in later)
+
+    def loss_weights(self) -> dict[str, float]:
+        """The terms of the loss and their weights."""
+        return self.losses or {self.loss_weight: 1.0}
 
 
 class SamplingConfig(Section):
@@ -261,45 +367,26 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> "Config":
-        model, size = self.model, self.data.image_size
-        divisor = model.patch_size * 2 ** (len(model.channel_multipliers) - 1)
-        if size % divisor:
-            raise ValueError(
-                f"data.image_size: {size} is not divisible by {divisor}, which model.patch_size "
-                f"and the {len(model.channel_multipliers)} levels of model.channel_multipliers ask"
-            )
-        levels = range(len(model.channel_multipliers))
-        resolutions = [size // model.patch_size >> level for level in levels]
-        for resolution in model.attention_resolutions:
-            if resolution not in resolutions:
-                raise ValueError(
-                    f"model.attention_resolutions: {resolution} does not occur; the levels have "
-                    f"{', '.join(map(str, resolutions))}"
-                )
-        if self.training.label_dropout and model.num_classes is None:
+    def _sections_fit(self) -> "Config":
+        student = self.distillation.student
+        for where, model in (("model", self.model), ("distillation.student", student)):
+            if model is not None and (wrong := model.misfit(self.data.image_size, where)):
+                raise ValueError(wrong)
+        classes = self.model.num_classes
+        if self.training.label_dropout and classes is None:
             raise ValueError(
                 f"training.label_dropout: {self.training.label_dropout} of no labels; set "
                 "model.num_classes, or leave it at 0"
             )
-        widths = [model.channels * multiplier for multiplier in model.channel_multipliers]
-        if resolutions[-1] == 1 and widths[-1] == math.gcd(32, widths[-1]):
+        if student is not None and student.num_classes != classes:
             raise ValueError(
-                f"model.channel_multipliers: {len(widths)} levels leave one pixel, which GroupNorm "
-                f"cannot normalise with {widths[-1]} channels, one a group; take fewer levels"
+                f"distillation.student.num_classes: {student.num_classes}, but the teacher has "
+                f"{classes}; take the same"
             )
-        with_attention = {
-            width
-            for width, resolution in zip(widths, resolutions, strict=True)
-            if resolution in model.attention_resolutions
-        } | {widths[-1]}  # the middle block always attends
-        key = "attention_head_dim" if model.attention_head_dim else "attention_heads"
-        value = model.attention_head_dim or model.attention_heads
-        for width in sorted(with_attention):
-            if width % value:
-                raise ValueError(
-                    f"model.{key}: {value} does not divide the {width} channels that attention has"
-                )
+        if self.distillation.guidance is not None and classes is None:
+            raise ValueError(
+                "distillation.guidance: takes a teacher that knows classes (model.num_classes)"
+            )
         return self
 
 
@@ -308,128 +395,17 @@ SECTIONS = [
 ]
 
 
-# --- YAML ---------------------------------------------------------------------------------------
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML with the 1.2 core schema's scalars, no aliases, and no key given twice."""
-
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuses aliases, by which a short file can name a very large value."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not taken", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Refuses a key that is given twice."""
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key.value, str) else str(key.start_mark)
-            if name in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{name} is given twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first
-    )
-
-
-def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # 010 is ten, as in YAML 1.2
-
-
-class StrictDumper(yaml.SafeDumper):
-    """Writes YAML that StrictLoader reads: quotes whatever either version takes for no text."""
-
-
-for _first, _resolvers in StrictLoader.yaml_implicit_resolvers.items():
-    for _tag, _regexp in _resolvers:
-        StrictDumper.add_implicit_resolver(_tag, _regexp, [_first])
-
-
-StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The YAML document in the text. Raises InputError with the line where it is not one."""
-    try:
-        return yaml.load(text, Loader=StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise InputError(f"{where}: {line}{error.problem}") from None
-    except RecursionError:
-        raise InputError(f"{where}: nested too deeply") from None
-    except Exception as error:  # tags such as !!timestamp raise what they like
-        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
-
-
-def write_yaml(config: Config) -> str:
-    """The config as YAML in blocks, every key of it, as load_config reads it."""
-    values = config.model_dump(mode="json")
-    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, width=10**6).rstrip("\n")
-
-
 # --- from files and command lines ---------------------------------------------------------------
 
 
-def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The file's values with the overrides (a.b=value) put in, not checked yet."""
-    try:
-        require_regular_file(path)
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise InputError(f"{path}: no such config file{hint}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder, where a YAML file is asked for") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file in UTF-8") from None
-    values = parse_yaml(text, str(path))
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: not a mapping of keys to values")
-    return override(values, overrides)
-
-
-def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested values with each a.b=value put in, the value read as YAML.
-
-    A section without a value, as one whose keys are all commented out, is left to its defaults.
-    """
-    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {item}: not of the form KEY=VALUE, e.g. model.channels=32")
-        *sections, last = key.split(".")
-        inner: Any = values
-        for section in sections:
-            if inner.setdefault(section, {}) is None:
-                inner[section] = {}
-            inner = inner[section]
-            if not isinstance(inner, dict):
-                raise InputError(f"--set {item}: {section} holds no keys")
-        inner[last] = parse_yaml(text, f"--set {item}")
-    return {k: v for k, v in values.items() if v is not None or k not in SECTIONS}
-
-
 def make_config(values: Mapping[str, Any], where: str) -> Config:
-    """The checked config. Raises InputError: where, the key, what is wrong, what is right."""
+    """Returns the checked config. Raises InputError: where, the key, what is wrong.
+
+    A section without a value, as one whose keys are all commented out, has its defaults.
+    """
+    given = {k: v for k, v in values.items() if v is not None or k not in SECTIONS}
     try:
-        return Config.model_validate(dict(values))
+        return Config.model_validate(given)
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error)}") from None
 
@@ -437,7 +413,7 @@ def make_config(values: Mapping[str, Any], where: str) -> Config:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, with the overrides of the command line."""
     where = f"{path} with --set" if overrides else str(path)
-    return make_config(read_yaml(path, overrides), where)
+    return make_config(override(read_yaml(path), overrides), where)
 
 
 def explain(error: ValidationError) -> str:
@@ -447,8 +423,9 @@ def explain(error: ValidationError) -> str:
         by_key.setdefault(tuple(map(str, one["loc"][:2])), []).append(one)
     # A value that may be a number or a list fails as both: the deeper look knows more.
     first = max(next(iter(by_key.values())), key=lambda one: len(one["loc"]))
-    path = [str(part) for part in first["loc"][:2]]
-    path += [str(part) for part in first["loc"][2:] if isinstance(part, int)]
+    depth = 3 if first["loc"][:2] == ("distillation", "student") else 2  # a section in a section
+    path = [str(part) for part in first["loc"][:depth]]
+    path += [str(part) for part in first["loc"][depth:] if isinstance(part, int)]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _nearest_key(path)
@@ -471,6 +448,7 @@ def _nearest_key(path: list[str]) -> str:
     section: Any = Config
     for part in path[:-1]:
         section = section.model_fields[part].annotation
+        section = section if hasattr(section, "model_fields") else get_args(section)[0]  # X | None
     keys = list(section.model_fields)
     near = difflib.get_close_matches(path[-1], keys, 1)
     if near:

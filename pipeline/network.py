@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.gaussian import OUTPUT_TYPES
+from diffusion.schedule import Schedule, make_schedule
 from models.unet import UNet
 from pipeline.config import Config
 from utils.command import InputError
@@ -30,6 +31,12 @@ def build_network(config: Config, device: torch.device, dropout: float | None = 
     )
     fast = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return network.to(device, memory_format=fast)  # type: ignore[call-overload]
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Returns the config's noise schedule."""
+    diffusion = config.diffusion
+    return make_schedule(diffusion.schedule, diffusion.logsnr_min, diffusion.logsnr_max)
 
 
 def misfit(weights: Mapping[str, Tensor], config: Config) -> str:
@@ -65,3 +72,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise InputError(f"{where}: weights of another network: {first[0].strip()}") from None
+
+
+def matching_weights(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights that the network has too, under the same name and of the same shape."""
+    own = network.state_dict()
+    return {k: t for k, t in weights.items() if k in own and own[k].shape == t.shape}

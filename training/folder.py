@@ -1,86 +1,23 @@
-"""A run's folder: which checkpoint to go on from, whether it is the same run, how to begin anew."""
+"""A run's folder: its lock, the files that are its own, how to begin anew."""
 
 import errno
 import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.config import (
-    Config,
-    DataConfig,
-    differences,
-    load_config,
-    make_config,
-    override,
-)
+from pipeline.checkpoint import load_checkpoint
+from pipeline.image_folder import IMAGE_SUFFIXES
 from training.metrics import read_metrics
-from utils.command import DamagedCheckpoint, InputError, warn
+from utils.command import DamagedCheckpoint, InputError
 from utils.files import make_folder
-
-# What may change while a run goes on: where things lie and what is drawn, not what is learnt.
-FREE_KEYS = {
-    "data.root",
-    "data.workers",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.milestone_every",
-    "distillation.checkpoint_every",
-}
-
-
-def numbered(folder: Path, prefix: str) -> list[Path]:
-    """The files <prefix><number>.pt of a folder, the highest number first."""
-    found = [
-        (int(number), path)
-        for path in folder.glob(f"{prefix}*.pt")
-        if (number := path.stem.removeprefix(prefix)).isdecimal()
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def prune(folder: Path, prefix: str, keep: int | None, milestone_every: int | None) -> None:
-    """Deletes all but the newest numbered checkpoints, and the milestones; keep None: none is."""
-    for path in numbered(folder, prefix)[keep:] if keep is not None else []:
-        number = int(path.stem.removeprefix(prefix))
-        if milestone_every is None or number % milestone_every:
-            path.unlink()
-
-
-def newest_whole(paths: Sequence[Path]) -> tuple[Path, Checkpoint] | None:
-    """The first of the checkpoints that is whole.
-
-    Each that is damaged is renamed, with a warning: it is no checkpoint any more, and must not
-    count as one when older ones are deleted.
-    """
-    for n, path in enumerate(paths):
-        try:
-            return path, load_checkpoint(path)
-        except DamagedCheckpoint as error:
-            rest = "taking the one before it" if n + 1 < len(paths) else "there is none before it"
-            path.replace(path.with_name(f"{path.name}.damaged"))
-            warn(f"{error}; set aside as {path.name}.damaged; {rest}")
-    return None
-
-
-def require_same_run(
-    path: Path, stored: Config, wanted: Config, sections: Sequence[str], free: Sequence[str] = ()
-) -> None:
-    """Raises InputError with the keys in which a checkpoint's run is not the one asked for."""
-    keys = [k for k in differences(stored, wanted, sections) if k not in FREE_KEYS | set(free)]
-    if keys:
-        raise InputError(
-            f"{path}: of a run with another {', '.join(keys)}; ask for the same values to go on, "
-            "for another folder (--output), or DELETE that run and begin anew (--restart)"
-        )
-
+from utils.processes import World
 
 # What a run writes into its folder: files of numbers under its own prefix, and these.
 PREFIXES = {"diffusion-": "the training of a base model", "student-": "a ladder"}
-DELETED = ("metrics.jsonl", "images.safetensors", "loss.png")
+DELETED = ("metrics.jsonl", "loss.png")
 KEPT = ("ladder.md", "ladder.json", "ladder.png", "comparison.png", ".lock")
 
 
@@ -128,6 +65,7 @@ def own_files(folder: Path, prefix: str) -> list[Path]:
     ours = [path for path in folder.glob(f"{prefix}*") if name.fullmatch(path.name)]
     ours += [path for n in DELETED if os.path.lexists(path := folder / n)]
     ours += folder.glob("tensorboard/stage-*/events.out.tfevents.*")
+    ours += folder.glob("images/*/[0-9]*.safetensors")
     kept = [path for n in KEPT if os.path.lexists(path := folder / n)]
     for path in [*ours, *kept]:
         if not path.is_file():
@@ -142,7 +80,8 @@ def delete_run(folder: Path, prefix: str) -> None:
     """Deletes what an earlier run wrote under names that begin so, and nothing else."""
     for path in own_files(folder, prefix):
         path.unlink()
-    for emptied in (*folder.glob("tensorboard/stage-*"), folder / "tensorboard"):
+    folders = [*folder.glob("tensorboard/stage-*"), *folder.glob("images/*")]
+    for emptied in (*folders, folder / "tensorboard", folder / "images"):
         with suppress(OSError):  # it holds something else
             emptied.rmdir()
 
@@ -166,11 +105,41 @@ def require_same_ladder(folder: Path, ladder: Sequence[int], first_stage: int) -
 
 
 @contextmanager
-def kept_to_itself(folder: Path) -> Iterator[bool]:
-    """Whether no other process has the folder to itself; if so, this one has it in the block.
+def open_folder(folder: Path, world: World, prefix: str, restart: bool) -> Iterator[None]:
+    """Locks a run's folder for the block, and deletes temporary files and, with restart, the run.
 
-    The lock is the process's own (POSIX): no worker inherits it, and a kill frees it. Where the
-    file system knows no locks, there is no telling.
+    prefix: of the run's checkpoints. A run that torchrun has launched again is not deleted. Raises
+    InputError for a restart on several machines, whose number may change while they run, and if
+    another run writes there, or one of another kind has written.
+    """
+    if restart and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise InputError(
+            f"--restart: not on several machines, which torchrun may start again; delete "
+            f"{folder} yourself, or give another folder (--output)"
+        )
+    own_files(folder, prefix)  # raises InputError
+    require_no_run(folder, but=prefix)
+    world.wait()  # before anything is deleted
+    with kept_to_itself(folder) if world.leads else nullcontext(True) as alone:
+        if world.any(not alone):
+            raise InputError(
+                f"{folder}: another run is writing there; wait for its end, or give another "
+                "folder (--output)"
+            )
+        if world.leads:
+            sweep(folder)
+            if restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                delete_run(folder, prefix)
+        world.wait()
+        yield
+
+
+@contextmanager
+def kept_to_itself(folder: Path) -> Iterator[bool]:
+    """Locks the folder. Yields True if the lock was acquired.
+
+    A POSIX lock belongs to the process: no worker inherits it, and a kill frees it. On a file
+    system without locks it is always acquired.
     """
     make_folder(folder)
     path = folder / ".lock"
@@ -194,72 +163,35 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-# --- what a ladder is asked for ------------------------------------------------------------------
+# --- where samples may go -------------------------------------------------------------------------
+
+# Endings of names that nobody means a folder by.
+FILE_SUFFIXES = IMAGE_SUFFIXES | {
+    *(".npy", ".h5", ".hdf5", ".parquet", ".pkl", ".pickle", ".pt", ".pth", ".safetensors"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar"),
+    *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".html", ".pdf", ".svg"),
+    *(".avif", ".heic", ".jfif", ".mp4", ".mkv", ".webm", ".avi", ".mov"),
+}
 
 
-def distillation_config(
-    teacher: Checkpoint, teacher_path: Path, config_path: Path | None, overrides: list[str]
-) -> Config:
-    """The checkpoint's config, but for what may be asked for now.
+def require_output(path: Path, many: bool) -> None:
+    """Raises InputError, before anything is drawn, where the images cannot go to this path.
 
-    That is distillation, sampling, engine, data.root and data.workers.
-    Warns in one line of what else was asked for: the network, the diffusion and the data are the
-    checkpoint's. Raises InputError for step counts that cannot follow the teacher's.
+    many: a folder of images, or an .npz; else one .png. A run's folder and pictures are its own.
     """
-    if config_path is not None:
-        given = load_config(config_path, overrides)
+    suffix = path.suffix.lower()
+    if not many and suffix != ".png":
+        raise InputError(f"--output {path}: a grid is a .png; for files give --count")
+    if many and suffix in FILE_SUFFIXES:
+        raise InputError(f"--output {path}: with --count, a folder or a .npz")
+    if suffix in (".png", ".npz"):
+        if path.is_dir():
+            raise InputError(f"--output {path}: a folder, where a {suffix} file is asked for")
+        if writes(path.name) and run_in(path.parent):
+            raise InputError(f"--output {path}: {run_in(path.parent)} writes it; give another name")
     else:
-        values = override(teacher.config.model_dump(mode="json"), overrides)
-        given = make_config(
-            values, f"{teacher_path} with --set" if overrides else str(teacher_path)
-        )
-    sections = ("seed", "model", "diffusion", "data")
-    ignored = [k for k in differences(teacher.config, given, sections) if k not in FREE_KEYS]
-    unread = [item.partition("=")[0] for item in overrides]
-    ignored += [key for key in unread if key.split(".")[0] in ("output", "training")]
-    if ignored:
-        warn(
-            f"{config_path or '--set'}: {', '.join(ignored)} differ from {teacher_path} or are not "
-            "read here; the checkpoint's values hold, and --output says where results go"
-        )
-    first = given.distillation.first_steps
-    if teacher.num_steps is not None and teacher.num_steps != 2 * first:
-        raise InputError(
-            f"{teacher_path}: makes {teacher.num_steps} steps, so its student cannot make "
-            f"{first} (distillation.first_steps, --initial_sampling_steps): "
-            + (f"take {teacher.num_steps // 2}" if teacher.num_steps % 2 == 0 else "it is odd")
-        )
-    data = teacher.config.data.model_copy(update={"workers": given.data.workers})
-    asked = any(item.startswith("data.root=") for item in overrides)
-    if asked or given.data.name == data.name:  # the folder of other data is no use
-        data = data.model_copy(update={"root": given.data.root})
-    if not asked and (config_path is None or given.data.name != data.name):
-        require_no_download(data, teacher_path, "--set data.root=DIR")
-    return teacher.config.model_copy(
-        update={
-            "distillation": given.distillation,
-            "sampling": given.sampling,
-            "engine": given.engine,
-            "data": data,
-        }
-    )
-
-
-READ_ONLY = ("mnist", "colored_mnist", "image_folder")  # data sets that nothing is downloaded of
-
-
-def require_no_download(data: DataConfig, where: Path, option: str) -> None:
-    """Raises InputError if data may be downloaded into a folder that only a checkpoint names.
-
-    option: by which the user names it.
-    """
-    if data.name not in READ_ONLY and data.root != DataConfig().root:
-        raise InputError(
-            f"{where}: data.root: {data.root!r} is the checkpoint's, and {data.name} may be "
-            f"downloaded into it; name the folder yourself ({option})"
-        )
-
-
-def reference_steps(teacher: Checkpoint, config: Config) -> int:
-    """The steps of the images that a ladder is measured by: the base teacher's finest grid."""
-    return teacher.num_steps or max(config.sampling.steps, 2 * config.distillation.first_steps)
+        require_no_run(path)
+    folder = path.parent if suffix in (".png", ".npz") else path
+    make_folder(folder)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder}: not allowed to write there")

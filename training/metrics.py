@@ -3,16 +3,19 @@
 import json
 import math
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.codec import encode
+from training.stage import Stage
 from utils.files import make_folder, naming, require_regular_file, write_text
-from utils.images import encode
+from utils.images import make_grid
 
 BIN_EDGES = tuple(range(-20, 21, 4))  # of the logsnr bins that losses are averaged in
 BINNED_EVERY = 100  # updates
@@ -157,3 +160,68 @@ def sample_statistics(images: Tensor) -> dict[str, float]:
         "samples_variance": x.var().item(),
         "samples_clipped": ((images == 0) | (images == 255)).float().mean().item(),
     }
+
+
+class Metrics(NamedTuple):
+    """What is known of one update.
+
+    gradient_norm: before clipping. skipped: the gradient was not finite, so the weights are as
+    they were. stop: some process was asked to stop. losses, logsnr: of this process's examples,
+    (B,) each, on the device.
+    """
+
+    update: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
+    stop: bool
+    losses: Tensor
+    logsnr: Tensor
+
+
+class Monitor:
+    """Reports each update: a line of metrics, a tick of the bar, the losses by noise level."""
+
+    def __init__(self, log: MetricsLog, bar: Any, stage: Stage, device: torch.device) -> None:
+        self.log, self.bar, self.stage = log, bar, stage
+        self.where = {"stage": stage.number}
+        if stage.num_steps is not None:
+            self.where["num_steps"] = stage.num_steps
+        self.bins = LossBins(device)
+        self.last = time.perf_counter()
+
+    def after(self, metrics: Metrics) -> None:
+        """Notes one update."""
+        now = time.perf_counter()
+        speed, self.last = self.stage.batch_size / (now - self.last), now
+        values = {
+            "loss": metrics.loss,
+            "gradient_norm": metrics.gradient_norm,
+            "learning_rate": metrics.learning_rate,
+            "skipped": metrics.skipped,
+            "images_per_second": round(speed, 1),
+        }
+        if not metrics.skipped:
+            self.bins.add(metrics.losses, metrics.logsnr)
+        if metrics.update % BINNED_EVERY == 0 or self.stage.saves_at(metrics.update):
+            values |= self.bins.read()  # before a save too, as a resumed run begins with none
+        self.log.write(metrics.update, values, **self.where)
+        text = f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, {speed:.0f} images/s"
+        rate = self.bar.format_dict["rate"]
+        if self.stage.updates_after and rate:
+            left = self.stage.updates - metrics.update + self.stage.updates_after
+            text += f", whole ladder {self.bar.format_interval(left / rate)}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def show(self, images: Tensor, update: int) -> None:
+        """Notes what was drawn: uint8 images (B, C, H, W)."""
+        self.log.write(update, sample_statistics(images), **self.where)
+        self.log.flush()
+        self.log.picture("samples", make_grid(images), update)
+        self.last = time.perf_counter()
+
+    def shown(self, update: int) -> bool:
+        """Whether an earlier run, that this one goes on from, has noted what was drawn then."""
+        return (self.stage.number, update) in self.log.drawn

@@ -12,16 +12,6 @@ from torch import Tensor
 from utils.files import atomic_write
 
 
-def encode(images: Tensor) -> Tensor:
-    """uint8 0 .. 255 -> float32 [-1, 1], the range the model works in."""
-    return images.float() / 127.5 - 1.0
-
-
-def decode(x: Tensor) -> Tensor:
-    """The model's range -> uint8, what lies outside [-1, 1] clipped. decode(encode(u)) == u."""
-    return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-
-
 def to_pillow(image: Tensor) -> Image.Image:
     """One uint8 image (C, H, W) of 1 or 3 channels as a Pillow image."""
     array = rearrange(image.cpu(), "c h w -> h w c").squeeze(-1).numpy()

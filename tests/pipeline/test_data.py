@@ -19,11 +19,11 @@ import yaml
 from PIL import Image
 
 import train
+from pipeline.codec import decode, encode
 from pipeline.data import MemoryDataset, fit, open_dataset, read_mnist
 from pipeline.image_folder import MOST_PIXELS, ImageFolder
 from tests.toys import tiny
 from utils.command import DataError, InputError
-from utils.images import decode, encode
 
 CPU = torch.device("cpu")
 

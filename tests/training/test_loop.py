@@ -6,14 +6,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
 from torch import nn
+from training.average import ema_decay_at, update_ema
 
 from diffusion.losses import LOSS_WEIGHTS
 from pipeline.build import build_denoiser, build_network, load_weights
 from pipeline.checkpoint import load_checkpoint
+from pipeline.codec import encode
 from pipeline.config import TrainingConfig, make_config
 from pipeline.data import MemoryDataset
 from tests.toys import COSINE, tiny
-from training.average import ema_decay_at, update_ema
 from training.folder import prune
 from training.loop import (
     Objective,
@@ -31,7 +32,6 @@ from training.loop import (
 from training.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
 from training.stages import Run, train_base, train_student
 from utils.command import InputError
-from utils.images import encode
 from utils.processes import World
 from utils.randomness import ImageNoise, batch_indices, generator
 
