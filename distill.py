@@ -15,9 +15,9 @@ from utils.command import (
 )
 
 DESCRIPTION = """\
-Progressive distillation: each stage copies its teacher into a student that learns to match two
-DDIM steps with one. Writes student-<steps>.pt and a grid of samples for every stage, then a table
-and pictures of the ladder; run the same command again to go on."""
+Distil a model into fewer sampling steps: each stage copies its teacher into a student that learns
+to do several of its steps in one. Writes student-<steps>.pt and a grid of samples for every stage,
+then a table and pictures of the ladder; run the same command again to go on."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,22 +51,26 @@ def distill(arguments: argparse.Namespace) -> None:
     from evaluation.report import LadderReport
     from pipeline.build import build_dataset
     from pipeline.checkpoint import load_checkpoint, require_name
-    from pipeline.config import write_yaml
-    from training.folder import distillation_config, require_same_ladder
-    from training.loop import own_rows
-    from training.stages import Run, begun, train_student
+    from training.folder import open_folder, require_same_ladder
+    from training.ladder import distillation_config
+    from training.loop import rows_of_process
+    from training.stage import student_stages
+    from training.stages import Run, student_start, train_stage
     from utils.processes import join_world
+    from utils.strict_yaml import write_yaml
 
     base_path = arguments.teacher_model_checkpoint
     base = load_checkpoint(base_path)
-    overrides = list(arguments.set)
-    if arguments.initial_sampling_steps is not None:
-        overrides.append(f"distillation.first_steps={arguments.initial_sampling_steps}")
-    if arguments.distillation_iterations is not None:
-        overrides.append(f"distillation.iterations={arguments.distillation_iterations}")
-    config = distillation_config(base, base_path, arguments.config_path, overrides)
+    config = distillation_config(
+        base,
+        base_path,
+        arguments.config_path,
+        arguments.set,
+        arguments.initial_sampling_steps,
+        arguments.distillation_iterations,
+    )
     if arguments.print_config:
-        say(write_yaml(config))
+        say(write_yaml(config.model_dump(mode="json")))
         return
     name = arguments.config_path.stem if arguments.config_path else base.name
     if base.kind == "student" and arguments.config_path is None:
@@ -80,15 +84,15 @@ def distill(arguments: argparse.Namespace) -> None:
         )
     recipe = config.distillation
     with join_world(arguments.device) as world:
-        own_rows(recipe.batch_size, recipe.accumulate, world)  # or refused, before all else
+        rows_of_process(recipe.batch_size, recipe.accumulate, world)  # raises InputError
         run = Run(config, name, output, world, build_dataset(config, world.device))
-        with begun(run, "student-", arguments.restart):
+        with open_folder(output, world, "student-", arguments.restart):
             if world.leads:
-                require_same_ladder(output, recipe.ladder(), base.stage + 1)
+                require_same_ladder(output, recipe.steps()[1:], base.stage + 1)
             report = LadderReport(run, base, base_path)
             teacher = base
-            for position in range(len(recipe.ladder())):
-                teacher = train_student(run, teacher, position)
+            for stage in student_stages(config, base.stage + 1):
+                teacher = train_stage(run, stage, student_start(run, stage, teacher), teacher)
                 report.add(teacher)
             report.finish()
             if world.leads:

@@ -65,7 +65,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.results import markdown, summary
     from pipeline.checkpoint import load_checkpoint
     from pipeline.config import load_config
-    from training.folder import require_no_download, require_no_run
+    from training.folder import require_no_run
+    from training.ladder import require_no_download
     from utils.files import make_folder
     from utils.processes import World, join_world
 

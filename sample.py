@@ -52,7 +52,9 @@ def sample(arguments: argparse.Namespace) -> None:
     """Draws what the command line asks for and writes it."""
     from pipeline.build import load_denoiser
     from pipeline.checkpoint import load_checkpoint
-    from pipeline.sampling import SampleRequest, require_output, write_folder, write_grid, write_npz
+    from pipeline.sample_files import write_folder, write_grid, write_npz
+    from pipeline.sampling import SampleRequest
+    from training.folder import require_output
     from utils.processes import join_world
 
     path, count, output = arguments.checkpoint, arguments.count, arguments.output

@@ -39,18 +39,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Trains the base model to the end of its plan, from its newest checkpoint if there is one."""
+    """Trains the base model to its last update, from its newest checkpoint if there is one."""
     from evaluation.curves import draw_loss_curve
     from pipeline.build import build_dataset
     from pipeline.checkpoint import load_checkpoint, require_name
-    from pipeline.config import load_config, write_yaml
-    from training.loop import own_rows
-    from training.stages import Run, begun, train_base
+    from pipeline.config import load_config
+    from training.folder import open_folder
+    from training.loop import rows_of_process
+    from training.stage import base_stage
+    from training.stages import Run, base_start, train_stage
     from utils.processes import join_world
+    from utils.strict_yaml import write_yaml
 
     config = load_config(arguments.config_path, arguments.set)
     if arguments.print_config:
-        say(write_yaml(config))
+        say(write_yaml(config.model_dump(mode="json")))
         return
     name, file = arguments.config_path.stem, arguments.initialise
     require_name(name, arguments.config_path)
@@ -59,12 +62,14 @@ def train(arguments: argparse.Namespace) -> None:
     if file is not None and file.parent.resolve() == output.resolve():
         raise InputError(f"{file}: lies in {output}, the folder of the new run; give another one")
     with join_world(arguments.device) as world:
-        own_rows(config.training.batch_size, config.training.accumulate, world)  # or refused
+        stage = base_stage(config)
+        rows_of_process(stage.batch_size, stage.accumulate, world)  # raises InputError
         run = Run(config, name, output, world, build_dataset(config, world.device))
-        with begun(run, "diffusion-", arguments.restart):
-            checkpoint = train_base(run, initial)
+        with open_folder(output, world, "diffusion-", arguments.restart):
+            trained = train_stage(run, stage, base_start(run, initial))
             if world.leads:
                 draw_loss_curve(output)
+    checkpoint = output / f"diffusion-{trained.update}.pt"
     say(
         f"trained: {checkpoint}, its samples in {checkpoint.with_suffix('.png')}, "
         f"the loss in {output / 'loss.png'}\nnext: {next_command(arguments, checkpoint)}"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def plan_jobs(
     for path, checkpoint in checkpoints.items():
         own = checkpoint.num_steps
         if own is not None:
-            pairs = [("ddim", own)]
+            pairs = [(checkpoint.sampler or "ddim", own)]
         else:
             wanted = steps or [checkpoint.config.sampling.steps]
             pairs = [(sampler, n) for sampler in samplers for n in wanted]
@@ -256,13 +257,14 @@ def _images_of(job: Job, gallery: Gallery) -> Images:
 
 
 def _teaches(other: Job, job: Job) -> bool:
-    """Whether the other's images are what the job's student learnt to make in half the steps."""
+    """Whether the other's images are those that the job's student was taught to make."""
     student = job.checkpoint
-    return (
-        student.kind == "student"
-        and other.sampler == "ddim"
-        and other.steps == 2 * job.steps
-        and digest(other.checkpoint.weights) == student.lineage.get("teacher")
+    if student.kind != "student" or other.sampler != (other.checkpoint.sampler or "ddim"):
+        return False
+    ladder = student.config.distillation.steps()
+    steps = [teacher for teacher, own in pairwise(ladder) if own == job.steps]
+    return other.steps in steps and (
+        digest(other.checkpoint.weights) == student.lineage.get("teacher")
     )
 
 

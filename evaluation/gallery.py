@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Num, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffusion.grids import uniform_grid
 from evaluation.digits import TRAINED_ON
 from pipeline.build import build_dataset, image_shape, load_denoiser
 from pipeline.checkpoint import Checkpoint, digest
@@ -20,11 +21,11 @@ from pipeline.config import Config
 from pipeline.data import colored_mnist, fit, mnist
 from pipeline.engine import sampling_engine
 from pipeline.image_folder import ImageFolder
+from pipeline.network import build_schedule
 from pipeline.sampling import SampleRequest
 from utils.command import InputError
 from utils.files import atomic_write, require_regular_file
 from utils.processes import World
-from utils.progress import progress_bar
 from utils.randomness import generator
 
 CHUNK = 125  # images a file
@@ -33,42 +34,61 @@ DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the frozen cla
 
 
 class Gallery:
-    """A folder of images drawn from checkpoints: image k is a function of the seed and k.
+    """A folder of images drawn from checkpoints, each a function of the seed and its index.
 
     All checkpoints, samplers and step counts start from the same noise. The images lie in files of
-    125, written whole, so that what was drawn is not drawn again. Processes share the work.
+    chunk images, written whole, so that what was drawn is not drawn again. Processes share the
+    work. raw: the images are float32, not clipped and not rounded; otherwise uint8.
     """
 
-    def __init__(self, folder: Path, world: World, seed: int, batch_size: int) -> None:
-        self.folder, self.world, self.seed, self.batch_size = folder, world, seed, batch_size
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        seed: int,
+        batch_size: int,
+        chunk: int = CHUNK,
+        raw: bool = False,
+    ) -> None:
+        self.folder, self.world, self.seed = folder, world, seed
+        self.batch_size, self.chunk, self.raw = batch_size, chunk, raw
 
     def key(self, checkpoint: Checkpoint, sampler: str, steps: int) -> str:
-        """What the images are a function of, as a digest."""
-        config = checkpoint.config
-        sections = [s.model_dump(mode="json") for s in (config.model, config.diffusion)]
+        """A digest of all that the images are a function of.
+
+        What earlier checkpoints did not have counts only if it is not as it was for them.
+        """
+        config, levels = checkpoint.config, checkpoint.levels(steps)
+        model, diffusion = (s.model_dump(mode="json") for s in (config.model, config.diffusion))
+        if not model["guidance"]:
+            del model["guidance"]
         precision = sampling_engine(config.engine, self.world.device).precision
-        made_by = [sections, config.sampling.clip, precision]
+        made_by = [[model, diffusion], config.sampling.clip, precision]
+        if not torch.equal(levels, uniform_grid(build_schedule(config), steps)):
+            made_by.append(levels)
+        if self.raw:
+            made_by.append("raw")
         return digest([checkpoint.weights, made_by, sampler, steps, self.seed])
 
     def images(
         self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, count: int
-    ) -> UInt8[Tensor, "n c h w"]:
-        """The first images, as they would be saved. where: the checkpoint's file, for errors."""
+    ) -> Num[Tensor, "n c h w"]:
+        """The first images. where: the checkpoint's file, for errors."""
         key = self.key(checkpoint, sampler, steps)
         folder = self.folder / f"{where.stem}-{sampler.replace(':', '-')}-{steps}-{key[:12]}"
-        parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / CHUNK))]
-        shape = (CHUNK, *image_shape(checkpoint.config))
-        read = ((n, _read(path, shape)) for n, path in enumerate(parts))
-        known = {n: images for n, images in read if images is not None}
+        parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / self.chunk))]
+        shape = (self.chunk, *image_shape(checkpoint.config))
+        dtype = torch.float32 if self.raw else torch.uint8
+        known = {n: _read(path, shape, dtype) for n, path in enumerate(parts)}
         self.world.wait()  # before anybody writes
-        missing = [n for n in range(len(parts)) if n not in known]
+        missing = [n for n, images in known.items() if images is None]
         if missing:
             self._draw(checkpoint, where, sampler, steps, {n: parts[n] for n in missing})
         known |= {n: load_file(parts[n])["images"] for n in missing}
-        return torch.cat([known[n] for n in range(len(parts))])[:count]
+        return torch.cat([known[n] for n in range(len(parts))])[:count]  # type: ignore[misc]
 
     def _draw(
-        self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, parts: dict[int, Path]
+        self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, files: dict[int, Path]
     ) -> None:
         request = SampleRequest.of(
             checkpoint,
@@ -76,24 +96,19 @@ class Gallery:
             self.world,
             steps=steps,
             sampler=sampler,
+            clip=False if self.raw else None,
             seed=self.seed,
+            batch_size=self.batch_size,
         )
+        parts = [range(n * self.chunk, (n + 1) * self.chunk) for n in files]
         title = f"{where.stem}, {sampler}, {steps} steps"
-        with progress_bar(len(parts) * CHUNK, title, "image", leave=False) as bar:
-            for turn, (n, path) in enumerate(parts.items()):
-                if turn % self.world.size == self.world.rank:
-                    starts = range(n * CHUNK, (n + 1) * CHUNK, self.batch_size)
-                    drawn = [
-                        request.draw(range(s, min(s + self.batch_size, (n + 1) * CHUNK)))
-                        for s in starts
-                    ]
-                    with atomic_write(path) as file:
-                        file.write(save({"images": torch.cat(drawn)}))
-                bar.update(CHUNK)
+        for part, images in request.shared(parts, self.raw, title=title):
+            with atomic_write(files[part.start // self.chunk]) as file:
+                file.write(save({"images": images}))
         self.world.wait()
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor | None:
     """The images in a file of the gallery; None if it is missing or must be drawn again."""
     if not path.exists():
         return None
@@ -102,7 +117,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
         images = load_file(path)["images"]
     except (SafetensorError, OSError, KeyError):
         return None
-    return images if images.shape == shape and images.dtype == torch.uint8 else None
+    return images if images.shape == shape and images.dtype == dtype else None
 
 
 def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n c h w"]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
+from evaluation.gallery import Gallery
 from pipeline.checkpoint import Checkpoint
 from pipeline.codec import decode
-from training.folder import reference_steps
+from training.ladder import reference_steps
 from training.stages import Run
 from utils.command import say
 from utils.files import atomic_write, write_text
@@ -19,6 +19,18 @@ from utils.images import by_class, make_grid, save_png
 
 PICTURED_STEPS = 8  # of the three-column picture: teacher | teacher at 8 | student at 8
 PICTURED_STAGES = (8, 4, 2, 1)
+
+
+NUM_IMAGES = 64  # over which a trajectory error is taken
+CHUNK = 32  # images a file
+
+
+def trajectory_error(
+    images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
+) -> float:
+    """The mean squared distance to the reference, over the first 64 images and all pixels."""
+    difference = images[:NUM_IMAGES].double() - reference[:NUM_IMAGES].double()
+    return difference.square().mean().item()
 
 
 @dataclass(frozen=True)
@@ -45,17 +57,22 @@ class LadderReport:
 
     def __init__(self, run: Run, base: Checkpoint, base_path: Path) -> None:
         self.run, self.base, self.base_path = run, base, base_path
-        path = run.output / "images.safetensors"
-        self.trajectories = Trajectories(path, run.config, run.world)
+        folder = run.output / "images"
+        self.gallery = Gallery(folder, run.world, run.config.seed, 64, chunk=CHUNK, raw=True)
         self.reference_steps = reference_steps(base, run.config)
         self.teachers: dict[int, Tensor] = {}
         self.students: dict[int, Tensor] = {}
         self.rows: list[LadderRow] = []
         self._error_of_teacher(self.reference_steps)
 
+    def _images(
+        self, checkpoint: Checkpoint, path: Path, sampler: str, num_steps: int
+    ) -> Float[Tensor, "n c h w"]:
+        count = max(NUM_IMAGES, self.run.config.sampling.grid)
+        return self.gallery.images(checkpoint, path, sampler, num_steps, count)
+
     def _error_of_teacher(self, num_steps: int) -> float:
-        title = f"teacher at {num_steps}"
-        images = self.trajectories.of(self.base, self.base_path, num_steps, title)
+        images = self._images(self.base, self.base_path, "ddim", num_steps)
         self.teachers[num_steps] = images
         return trajectory_error(images, self.teachers[self.reference_steps])
 
@@ -63,7 +80,7 @@ class LadderReport:
         """Measures a stage, writes its grid and the table so far, and prints its line."""
         output, num_steps = self.run.output, student.num_steps or 1
         path = output / f"student-{num_steps}.pt"
-        images = self.trajectories.of(student, path, num_steps, f"student at {num_steps}")
+        images = self._images(student, path, student.sampler or "ddim", num_steps)
         self.students[num_steps] = images
         error = trajectory_error(images, self.teachers[self.reference_steps])
         row = LadderRow(num_steps, student.update, error, self._error_of_teacher(num_steps))

@@ -118,7 +118,7 @@ class Parts:
 
 
 class UNet(nn.Module):
-    """(z, logsnr, label, guidance) -> output: Salimans & Ho 2022, appendix; the original JAX code's UNet.
+    """(z, logsnr, label, guidance) -> output: the UNet of Salimans & Ho 2022 and its JAX code.
 
     image_size, image_channels, output_channels: of z and of the output (twice the image's channels
     for output type both). channels: width of the first level; embedding_channels: of the time and

@@ -1,7 +1,7 @@
 """From a checkpoint to images: the noise of each image, the sampler, batches, files."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,21 +148,22 @@ class SampleRequest:
         """This process's share of the first images, a batch at a time."""
         size = min(self.batch_size, math.ceil(count / self.world.size))
         parts = [range(start, min(count, start + size)) for start in range(0, count, size)]
-        return self.shared(parts, self.draw, bar)
+        return self.shared(parts, bar=bar)
 
     def shared(
-        self,
-        parts: Sequence[range],
-        draw: Callable[[range], Tensor],
-        bar: bool = True,
-        title: str = "images",
+        self, parts: Sequence[range], raw: bool = False, title: str = "images", bar: bool = True
     ) -> Iterator[tuple[range, Tensor]]:
-        """Draws this process's share of parts of the images; yields each with its indices."""
-        rank, size = self.world.rank, self.world.size
+        """Draws this process's share of the parts of the images; yields each with its indices.
+
+        raw: as floats of the model's range (see sample), otherwise uint8.
+        """
+        rank, size, draw = self.world.rank, self.world.size, self.sample if raw else self.draw
         total = sum(len(part) for part in parts)
-        with progress_bar(total, title, "image", shown=bar, leave=title == "images") as done:
+        with progress_bar(total, title, "image", shown=bar) as done:
             for n in range(rank, len(parts), size):
-                yield parts[n], draw(parts[n])
+                starts = range(parts[n].start, parts[n].stop, self.batch_size)
+                batches = [range(s, min(s + self.batch_size, parts[n].stop)) for s in starts]
+                yield parts[n], torch.cat([draw(batch).cpu() for batch in batches])
                 done.update(sum(len(part) for part in parts[n - rank : n - rank + size]))
 
 

@@ -1,32 +1,50 @@
 """What a ladder is asked for: the teacher's config, and what may be asked for beside it."""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, DataConfig, differences, load_config, make_config
+from pipeline.config import (
+    PER_STAGE,
+    Config,
+    DataConfig,
+    DistillationConfig,
+    differences,
+    make_config,
+)
 from training.resume import FREE_KEYS
 from utils.command import InputError, warn
-from utils.strict_yaml import override
+from utils.strict_yaml import override, read_yaml
 
 
 def distillation_config(
-    teacher: Checkpoint, teacher_path: Path, config_path: Path | None, overrides: list[str]
+    teacher: Checkpoint,
+    teacher_path: Path,
+    config_path: Path | None,
+    overrides: list[str],
+    first_steps: int | None = None,
+    iterations: int | None = None,
 ) -> Config:
-    """The checkpoint's config, but for what may be asked for now.
+    """Returns the config of a ladder: the teacher's, but for what may be asked for now.
 
-    That is distillation, sampling, engine, data.root and data.workers.
-    Warns in one line of what else was asked for: the network, the diffusion and the data are the
-    checkpoint's. Raises InputError for step counts that cannot follow the teacher's.
+    That is distillation, sampling, engine, data.root and data.workers. first_steps, iterations: if
+    given, the part of the ladder that is asked for. Warns of other keys that differ: network,
+    diffusion and data are the teacher's. Raises InputError for steps that cannot follow its own.
     """
-    if config_path is not None:
-        given = load_config(config_path, overrides)
-    else:
-        values = override(teacher.config.model_dump(mode="json"), overrides)
-        given = make_config(
-            values, f"{teacher_path} with --set" if overrides else str(teacher_path)
-        )
-    sections = ("seed", "model", "diffusion", "data")
-    ignored = [k for k in differences(teacher.config, given, sections) if k not in FREE_KEYS]
+    where = str(config_path or teacher_path) + (" with --set" if overrides else "")
+    given = make_config(
+        override(
+            read_yaml(config_path) if config_path else teacher.config.model_dump(mode="json"),
+            overrides,
+        ),
+        where,
+    )
+    if first_steps is not None or iterations is not None:
+        values = given.model_dump(mode="json")
+        values["distillation"] |= _part(given.distillation, first_steps, iterations)
+        given = make_config(values, where)
+    compared = ("seed", "model", "diffusion", "data")
+    ignored = [k for k in differences(teacher.config, given, compared) if k not in FREE_KEYS]
     unread = [item.partition("=")[0] for item in overrides]
     ignored += [key for key in unread if key.split(".")[0] in ("output", "training")]
     if ignored:
@@ -34,26 +52,58 @@ def distillation_config(
             f"{config_path or '--set'}: {', '.join(ignored)} differ from {teacher_path} or are not "
             "read here; the checkpoint's values hold, and --output says where results go"
         )
-    first = given.distillation.first_steps
-    if teacher.num_steps is not None and teacher.num_steps != 2 * first:
-        raise InputError(
-            f"{teacher_path}: makes {teacher.num_steps} steps, so its student cannot make "
-            f"{first} (distillation.first_steps, --initial_sampling_steps): "
-            + (f"take {teacher.num_steps // 2}" if teacher.num_steps % 2 == 0 else "it is odd")
-        )
+    _require_steps(teacher, teacher_path, given.distillation)
     data = teacher.config.data.model_copy(update={"workers": given.data.workers})
     asked = any(item.startswith("data.root=") for item in overrides)
     if asked or given.data.name == data.name:  # the folder of other data is no use
         data = data.model_copy(update={"root": given.data.root})
     if not asked and (config_path is None or given.data.name != data.name):
         require_no_download(data, teacher_path, "--set data.root=DIR")
-    return teacher.config.model_copy(
-        update={
-            "distillation": given.distillation,
-            "sampling": given.sampling,
-            "engine": given.engine,
-            "data": data,
-        }
+    sections = {name: getattr(given, name) for name in ("distillation", "sampling", "engine")}
+    config = teacher.config.model_copy(update={**sections, "data": data})
+    config = make_config(config.model_dump(mode="json"), where)
+    guides = teacher.config.model.guidance or teacher.config.training.label_dropout
+    if config.distillation.guidance is not None and not guides:
+        raise InputError(
+            f"{teacher_path}: never saw images without their class, so nothing can be guided "
+            "(distillation.guidance); train it with training.label_dropout, e.g. 0.1"
+        )
+    return config
+
+
+def _part(
+    ladder: DistillationConfig, first_steps: int | None, iterations: int | None
+) -> dict[str, Any]:
+    """The values of distillation that ask for a part of the ladder, halving the steps.
+
+    Lists with a value for each stage are cut to the stages of the part, if the ladder has them all.
+    """
+    values: dict[str, Any] = {
+        "first_steps": first_steps or ladder.steps()[1],
+        "iterations": iterations or ladder.iterations,
+        "ladder": None,
+    }
+    students = ladder.steps()[1:]
+    wanted = [values["first_steps"] >> n for n in range(values["iterations"])]
+    start = students.index(wanted[0]) if wanted[0] in students else 0
+    if list(students[start : start + len(wanted)]) == wanted:
+        for key in PER_STAGE:
+            if isinstance(value := getattr(ladder, key), tuple):
+                values[key] = list(value[start : start + len(wanted)])
+    return values
+
+
+def _require_steps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:
+    """Raises InputError if a student as the teacher does not make the ladder's first steps."""
+    own, (asked, first, *_) = teacher.num_steps, ladder.steps()
+    if own is None or own == asked:
+        return
+    if ladder.ladder is not None:
+        raise InputError(f"{path}: makes {own} steps, but distillation.ladder begins with {asked}")
+    raise InputError(
+        f"{path}: makes {own} steps, so its student cannot make {first} "
+        "(distillation.first_steps, --initial_sampling_steps): "
+        + (f"take {own // 2}" if own % 2 == 0 else "it is odd")
     )
 
 
@@ -74,4 +124,4 @@ def require_no_download(data: DataConfig, where: Path, option: str) -> None:
 
 def reference_steps(teacher: Checkpoint, config: Config) -> int:
     """The steps of the images that a ladder is measured by: the base teacher's finest grid."""
-    return teacher.num_steps or max(config.sampling.steps, 2 * config.distillation.first_steps)
+    return teacher.num_steps or max(config.sampling.steps, config.distillation.steps()[0])
