@@ -57,8 +57,9 @@ class LadderReport:
 
     def __init__(self, run: Run, base: Checkpoint, base_path: Path) -> None:
         self.run, self.base, self.base_path = run, base, base_path
-        folder = run.output / "images"
-        self.gallery = Gallery(folder, run.world, run.config.seed, 64, chunk=CHUNK, raw=True)
+        self.count = max(NUM_IMAGES, run.config.sampling.grid)
+        chunk, folder = min(CHUNK, self.count), run.output / "images"
+        self.gallery = Gallery(folder, run.world, run.config.seed, 64, chunk, raw=True)
         self.reference_steps = reference_steps(base, run.config)
         self.teachers: dict[int, Tensor] = {}
         self.students: dict[int, Tensor] = {}
@@ -68,8 +69,7 @@ class LadderReport:
     def _images(
         self, checkpoint: Checkpoint, path: Path, sampler: str, num_steps: int
     ) -> Float[Tensor, "n c h w"]:
-        count = max(NUM_IMAGES, self.run.config.sampling.grid)
-        return self.gallery.images(checkpoint, path, sampler, num_steps, count)
+        return self.gallery.images(checkpoint, path, sampler, num_steps, self.count)
 
     def _error_of_teacher(self, num_steps: int) -> float:
         images = self._images(self.base, self.base_path, "ddim", num_steps)

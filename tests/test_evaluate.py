@@ -26,7 +26,7 @@ from pipeline.config import make_config
 from pipeline.data import read_mnist
 from pipeline.sampling import SampleRequest
 from tests.toys import tiny
-from utils import publish
+from tools import publish
 from utils.processes import World
 
 CPU = torch.device("cpu")

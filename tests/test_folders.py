@@ -20,7 +20,7 @@ from evaluation.quality import Quality
 from evaluation.results import Results, Row, markdown, read_results, summary, write_results
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from tests.toys import tiny
-from utils import publish
+from tools import publish
 from utils.command import InputError
 
 ROOT = Path(__file__).parents[1]

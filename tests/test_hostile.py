@@ -29,11 +29,18 @@ import distill
 import evaluate
 import sample
 import train
-from pipeline.checkpoint import FORMAT, digest, load_checkpoint, publish_checkpoint, save_checkpoint
-from tests.pipeline.test_checkpoint import checkpoint, entries_of, save_entries
+from pipeline.checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
+    digest,
+    load_checkpoint,
+    publish_checkpoint,
+    save_checkpoint,
+)
+from tests.pipeline.test_checkpoint import GRID, checkpoint, entries_of, save_entries
 from tests.test_scripts import refused, run
 from tests.toys import tiny
-from training.folder import newest_whole, numbered
+from training.resume import newest_whole, numbered
 from utils.command import InputError
 
 # module, name, and what it is called with; {0} is a file that must not appear
@@ -212,7 +219,9 @@ def sources(tmp_path_factory):
     given = ("--config_path", folder / "tiny.yaml", "--output", folder / "base")
     assert run(train, *given, "--set", "training.updates=1") == 0
     base = load_checkpoint(folder / "base" / "diffusion-1.pt")
-    student = replace(base, kind="student", stage=1, num_steps=4, ema=None, optimizer=None)
+    student = replace(
+        base, kind="student", stage=1, grid=GRID, sampler="ddim", ema=None, optimizer=None
+    )
     other = tiny(model={"channels": 12, "num_classes": 10}, diffusion={"prediction": "both"})
     (folder / "other.yaml").write_text(yaml.safe_dump(other))
     given = ("--config_path", folder / "other.yaml", "--output", folder / "other")
@@ -246,7 +255,7 @@ def save_published(path, entries):
     }
     header = {k: v for k, v in entries.items() if k != "model"}
     kept = {**header, "model": model}
-    header |= {"format": FORMAT, "format_version": 1, "digest": digest(kept)}
+    header |= {"format": FORMAT, "format_version": FORMAT_VERSION, "digest": digest(kept)}
     texts = {name: json.dumps(value, default=str) for name, value in header.items()}
     path.write_bytes(safetensors.torch.save(model, texts))
 

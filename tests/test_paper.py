@@ -37,7 +37,7 @@ def test_one_update_of_training_and_one_of_distillation(name, folder, monkeypatc
     for n in range(load_config(Path(config), []).model.num_classes or 1):
         (folder / "images" / f"{n:04d}").mkdir(parents=True)
         Image.fromarray(pixels).save(folder / "images" / f"{n:04d}" / "0.png")
-    monkeypatch.setattr("evaluation.trajectory.NUM_IMAGES", 1)
+    monkeypatch.setattr("evaluation.report.NUM_IMAGES", 1)
     one = ["data.name=image_folder", f"data.root={folder / 'images'}", "data.workers=0"]
     one += ["training.updates=1", "training.batch_size=1", "sampling.steps=1", "sampling.grid=1"]
     one += ["distillation.first_steps=1", "distillation.iterations=1"]

@@ -666,7 +666,7 @@ def test_the_tutorials_commands_word_for_word(tmp_path, monkeypatch):
     arguments = [*config, "--teacher_model_checkpoint", teacher]
     arguments += ["--initial_sampling_steps", "512", "--distillation_iterations", "7"]
     faster = ["distillation.updates_per_stage=1", "distillation.batch_size=2"]
-    monkeypatch.setattr("evaluation.trajectory.NUM_IMAGES", 2)
+    monkeypatch.setattr("evaluation.report.NUM_IMAGES", 2)
     assert run(distill, *arguments, "--set", *faster, "sampling.grid=2") == 0
     output = Path("output/distilled/ddpm_32x32_v_continuous")
     students = sorted(int(p.stem.split("-")[1]) for p in output.glob("student-*.pt"))

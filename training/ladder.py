@@ -32,17 +32,13 @@ def distillation_config(
     diffusion and data are the teacher's. Raises InputError for steps that cannot follow its own.
     """
     where = str(config_path or teacher_path) + (" with --set" if overrides else "")
-    given = make_config(
-        override(
-            read_yaml(config_path) if config_path else teacher.config.model_dump(mode="json"),
-            overrides,
-        ),
-        where,
-    )
+    values = read_yaml(config_path) if config_path else teacher.config.model_dump(mode="json")
+    values = override(values, overrides)
     if first_steps is not None or iterations is not None:
-        values = given.model_dump(mode="json")
-        values["distillation"] |= _part(given.distillation, first_steps, iterations)
-        given = make_config(values, where)
+        section = values.get("distillation") or {}
+        if isinstance(section, dict):
+            values["distillation"] = section | _part(section, where, first_steps, iterations)
+    given = make_config(values, where)
     compared = ("seed", "model", "diffusion", "data")
     ignored = [k for k in differences(teacher.config, given, compared) if k not in FREE_KEYS]
     unread = [item.partition("=")[0] for item in overrides]
@@ -72,25 +68,29 @@ def distillation_config(
 
 
 def _part(
-    ladder: DistillationConfig, first_steps: int | None, iterations: int | None
+    section: dict[str, Any], where: str, first_steps: int | None, iterations: int | None
 ) -> dict[str, Any]:
-    """The values of distillation that ask for a part of the ladder, halving the steps.
+    """The values of distillation that ask for a part of its ladder, halving the steps.
 
     Lists with a value for each stage are cut to the stages of the part, if the ladder has them all.
     """
-    values: dict[str, Any] = {
-        "first_steps": first_steps or ladder.steps()[1],
+    keys = ("first_steps", "iterations", "ladder", "grid")
+    steps = {"distillation": {key: section[key] for key in keys if key in section}}
+    ladder = make_config(steps, where).distillation
+    students = ladder.steps()[1:]
+    part: dict[str, Any] = {
+        "first_steps": first_steps or students[0],
         "iterations": iterations or ladder.iterations,
         "ladder": None,
     }
-    students = ladder.steps()[1:]
-    wanted = [values["first_steps"] >> n for n in range(values["iterations"])]
+    wanted = [part["first_steps"] >> n for n in range(part["iterations"])]
     start = students.index(wanted[0]) if wanted[0] in students else 0
     if list(students[start : start + len(wanted)]) == wanted:
         for key in PER_STAGE:
-            if isinstance(value := getattr(ladder, key), tuple):
-                values[key] = list(value[start : start + len(wanted)])
-    return values
+            value = section.get(key)
+            if isinstance(value, list) and len(value) == len(students):
+                part[key] = value[start : start + len(wanted)]
+    return part
 
 
 def _require_steps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:

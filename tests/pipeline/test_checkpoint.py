@@ -1,5 +1,6 @@
 import errno
 import io
+import math
 import os
 import pickle
 import random
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion.grids import uniform_grid
 from pipeline.checkpoint import (
     FORMAT,
+    FORMAT_VERSION,
     Checkpoint,
     digest,
     load_checkpoint,
@@ -22,10 +25,12 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import make_config
 from pipeline.network import build_network, load_weights
-from tests.toys import tiny
-from training.folder import newest_whole
+from tests.toys import COSINE, tiny
+from training.resume import newest_whole
 from utils.command import DamagedCheckpoint, InputError, handled
 from utils.files import atomic_write
+
+GRID = (-20.0, -1.0, 0.5, 2.0, math.inf)
 
 
 def checkpoint(**changes):
@@ -37,7 +42,6 @@ def checkpoint(**changes):
         "config": config,
         "update": 3,
         "stage": 0,
-        "num_steps": None,
         "model": network.state_dict(),
         "ema": {k: v + 1 for k, v in network.state_dict().items()},
     }
@@ -57,7 +61,7 @@ def save_entries(path, entries):
         return value.numel() if isinstance(value, torch.Tensor) else 0
 
     own = digest(entries) if largest(entries) < 2**28 else ""
-    torch.save(entries | {"format": FORMAT, "format_version": 1, "digest": own}, path)
+    torch.save(entries | {"format": FORMAT, "format_version": FORMAT_VERSION, "digest": own}, path)
 
 
 def entries_of(path):
@@ -90,10 +94,12 @@ def at_most_3_gib():
 
 def test_a_checkpoint_reads_as_it_was_written(tmp_path):
     path = tmp_path / "a.pt"
-    before = checkpoint(num_steps=8, kind="student", stage=1, lineage={"teacher": "x"})
+    before = checkpoint(
+        grid=GRID, sampler="ddim", kind="student", stage=1, lineage={"teacher": "x"}
+    )
     save_checkpoint(path, before)
     after = load_checkpoint(path)
-    for field in ("kind", "name", "config", "update", "stage", "num_steps", "lineage"):
+    for field in ("kind", "name", "config", "update", "stage", "grid", "sampler", "lineage"):
         assert getattr(after, field) == getattr(before, field)
     assert digest(after.model) == digest(before.model)
     assert digest(after.weights) == digest(before.ema) != digest(before.model)
@@ -173,7 +179,7 @@ def test_foreign_and_older_files_are_named(tmp_path):
     with pytest.raises(InputError, match="not a checkpoint of this project"):
         load_checkpoint(path)
     torch.save({"format": "progressive-distillation", "format_version": 0}, path)
-    with pytest.raises(InputError, match="format version 0; this code reads 1"):
+    with pytest.raises(InputError, match="format version 0; this code reads 1 and 2"):
         load_checkpoint(path)
     head = {"format": "progressive-distillation", "format_version": 1}
     torch.save(head, path)
@@ -294,12 +300,17 @@ def test_what_passes_by_is_no_damage(tmp_path, monkeypatch, error, hint):
         ("name", 3, "name: input should be a valid string"),
         ("kind", "evil", "kind: input should be 'base' or 'student' .it is 'evil'"),
         ("kind", ["base"], "kind: input should be 'base' or 'student'"),
-        ("kind", "student", "kind: student, but stage is 0 and num_steps None"),
-        ("num_steps", 8, "kind: base, but stage is 0 and num_steps 8"),
-        ("num_steps", 0, "num_steps: input should be greater than or equal to 1 .it is 0"),
-        ("num_steps", -4, "num_steps: input should be greater than or equal to 1"),
-        ("num_steps", 2**62, "num_steps: input should be less than or equal to 1048576"),
-        ("num_steps", True, "num_steps: input should be a valid integer"),
+        ("kind", "student", "kind: student, but stage is 0, num_steps None"),
+        ("grid", [-20.0, 0.0], "kind: base, but stage is 0, num_steps 2 "),
+        ("grid", [], "grid: a grid has at least two levels"),
+        ("grid", [0.0, 0.0], "grid: a grid's noise must decrease"),
+        ("grid", [1.0, 0.0], "grid: a grid's noise must decrease"),
+        ("grid", [math.nan], "grid: a grid's levels are finite"),
+        ("grid", [math.inf], "grid: a grid's levels are finite"),
+        ("grid", [True], "grid.0: input should be a valid number"),
+        ("grid", 8, "grid: input should be a valid tuple"),
+        ("sampler", "ddim", "kind: base, but stage is 0, num_steps None and sampler ddim"),
+        ("sampler", "evil", "sampler: unknown sampler 'evil'"),
         ("update", -3, "update: input should be greater than or equal to 0 .it is -3"),
         ("update", True, "update: input should be a valid integer .it is True"),
         ("update", 3.0, "update: input should be a valid integer"),
@@ -328,7 +339,7 @@ def test_an_entry_that_cannot_be_is_named(saved, entry, value, hint):
     assert not isinstance(raised.value, DamagedCheckpoint), "it is as it was saved"
 
 
-@pytest.mark.parametrize("entry", ["kind", "name", "update", "stage", "num_steps", "model"])
+@pytest.mark.parametrize("entry", ["kind", "name", "update", "stage", "model"])
 def test_a_missing_entry_is_named(saved, entry):
     save_entries(saved, {k: v for k, v in entries_of(saved).items() if k != entry})
     with pytest.raises(InputError, match=rf"a\.pt: {entry}: missing"):
@@ -337,12 +348,12 @@ def test_a_missing_entry_is_named(saved, entry):
 
 def test_a_version_is_a_number(saved):
     torch.save(torch.load(saved, weights_only=True) | {"format_version": True}, saved)
-    with pytest.raises(InputError, match="format version True; this code reads 1"):
+    with pytest.raises(InputError, match="format version True; this code reads 1 and 2"):
         load_checkpoint(saved)
 
 
 def test_what_the_code_makes_is_checked_too():
-    for changes in ({"name": "a/b"}, {"update": -1}, {"num_steps": 4}, {"model": None}):
+    for changes in ({"name": "a/b"}, {"update": -1}, {"grid": GRID}, {"model": None}):
         with pytest.raises(ValueError, match="1 validation error"):
             checkpoint(**changes)
 
@@ -480,7 +491,7 @@ def doubled(times):
 )
 def test_what_is_not_tensors_as_large_as_the_file_is_refused(saved, value, hint, at_most_3_gib):
     entries = entries_of(saved)
-    head = {"format": FORMAT, "format_version": 1, "digest": ""}
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "digest": ""}
     torch.save(entries | {"ema": {"x": value}} | head, saved)
     if "network" in hint:
         save_entries(saved, entries | {"ema": {"x": value}})
@@ -509,3 +520,26 @@ def test_memory_that_only_a_pickle_asks_for_is_not_taken(saved, at_most_3_gib):
     with pytest.raises(InputError, match="not a checkpoint"):
         load_checkpoint(saved)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "in KiB"
+
+
+@pytest.mark.parametrize("num_steps", [1, 8])
+def test_a_student_of_version_1_has_the_uniform_grid(tmp_path, num_steps):
+    """Its file has the step count alone; no other number is taken."""
+    path = tmp_path / "a.pt"
+    student = checkpoint(kind="student", stage=1, grid=GRID, sampler="ddim", ema=None)
+    save_checkpoint(path, student)
+    entries = {k: v for k, v in entries_of(path).items() if k not in ("grid", "sampler", "walker")}
+
+    def save(value):
+        content = entries | {"num_steps": value}
+        head = {"format": FORMAT, "format_version": 1, "digest": digest(content)}
+        torch.save(content | head, path)
+
+    save(num_steps)
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded.levels(), uniform_grid(COSINE, num_steps))
+    assert (loaded.sampler, loaded.num_steps) == ("ddim", num_steps)
+    for wrong in (0, -4, 2**62, True, 8.0, [8]):
+        save(wrong)
+        with pytest.raises(InputError, match="num_steps: not a whole number from 1 to 1048576"):
+            load_checkpoint(path)

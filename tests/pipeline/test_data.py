@@ -302,7 +302,8 @@ def test_too_few_open_files_are_one_line(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
-        "import torch; from pipeline.data import open_dataset; from utils.command import InputError\n"
+        "import torch; from pipeline.data import open_dataset\n"
+        "from utils.command import InputError\n"
         "d = open_dataset('image_folder', sys.argv[1], 16, 3, 2, torch.device('cpu'))\n"
         "try: next(d.batches([torch.arange(2)]))\n"
         "except InputError as error: print(error)"

@@ -15,7 +15,7 @@ import sample
 from pipeline.build import build_network
 from pipeline.checkpoint import load_checkpoint
 from tests.toys import GOLDEN, golden
-from utils import convert_jax
+from tools import convert_jax
 from utils.command import InputError
 
 CPU = torch.device("cpu")

@@ -1,36 +1,30 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
 from torch import nn
-from training.average import ema_decay_at, update_ema
 
-from diffusion.losses import LOSS_WEIGHTS
-from pipeline.build import build_denoiser, build_network, load_weights
-from pipeline.checkpoint import load_checkpoint
+from diffusion.gaussian import Denoiser
+from diffusion.grids import uniform_grid
+from diffusion.losses import SQUARED_ERRORS, weighted_sum
+from diffusion.objectives import Objective, denoising_objective, distillation_objective
+from diffusion.paths import neighbours
+from pipeline.build import build_denoiser
 from pipeline.codec import encode
-from pipeline.config import TrainingConfig, make_config
+from pipeline.config import make_config
 from pipeline.data import MemoryDataset
+from pipeline.network import build_network, load_weights
 from tests.toys import COSINE, tiny
-from training.folder import prune
-from training.loop import (
-    Objective,
-    Plan,
-    Trainee,
-    base_objective,
-    base_rate,
-    decay_to_zero,
-    load_optimizer,
-    make_optimizer,
-    own_rows,
-    student_objective,
-    updates,
-)
+from training.loop import rows_of_process, train_updates
 from training.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
-from training.stages import Run, train_base, train_student
+from training.resume import StageFiles
+from training.stage import base_stage, student_stages
+from training.stages import Run, base_start, student_start, train_stage
+from training.trainee import ema_decay_at, load_optimizer, make_optimizer, make_trainee, update_ema
 from utils.command import InputError
 from utils.processes import World
 from utils.randomness import ImageNoise, batch_indices, generator
@@ -45,26 +39,46 @@ def digits(count=32, channels=1):
     return MemoryDataset(images, torch.arange(count) % 10, 10)
 
 
-def make_plan(**changes):
+def make_stage(**changes):
     values = {
-        "seed": 0,
-        "stage": 0,
         "updates": 4,
         "batch_size": 8,
-        "learning_rate": lambda update: 1e-3,
+        "learning_rate": 1e-3,
+        "decays": False,
+        "warmup": 0,
         "gradient_clip": 1.0,
         "checkpoint_every": 2,
         "ema_decay": 0.99,
+        "conditional": False,
     }
-    return Plan(**values | changes)
+    return replace(base_stage(make_config(tiny(), "x")), **values | changes)
 
 
-def make_trainee(config, seed=0):
+def begin(config, seed=0):
+    """A trainee with fresh weights."""
     torch.manual_seed(seed)
     network = build_network(config, CPU)
-    ema = copy.deepcopy(network).requires_grad_(False)
-    scaler = torch.amp.GradScaler("cpu", enabled=config.engine.precision == "fp16")
-    return Trainee(network, network, ema, make_optimizer(network), scaler)
+    return make_trainee(network, make_stage(), ALONE, config.engine.precision == "fp16")
+
+
+def base_objective(denoiser, weight="snr_plus_one", **options):
+    return denoising_objective(denoiser, COSINE, SQUARED_ERRORS[weight], **options)
+
+
+def student_objective(student, teacher, num_steps, weight="snr_trunc", time_exponent=1.0):
+    """Of two teacher's steps in one."""
+    paths = neighbours(uniform_grid(COSINE, 2 * num_steps), uniform_grid(COSINE, num_steps))
+    loss = weighted_sum({weight: 1.0})
+    return distillation_objective(student, [teacher] * 2, paths, loss, time_exponent)
+
+
+def train_base(run):
+    return train_stage(run, base_stage(run.config), base_start(run))
+
+
+def train_student(run, teacher, position):
+    stage = student_stages(run.config)[position]
+    return train_stage(run, stage, student_start(run, stage, teacher), teacher)
 
 
 # --- EMA ------------------------------------------------------------------------------------
@@ -120,13 +134,16 @@ def test_moments_saved_on_another_kind_of_device_fit_the_parameters():
 
 
 def test_learning_rates():
-    rate = base_rate(TrainingConfig(updates=100, learning_rate=1.0, warmup=10))
-    assert [rate(0), rate(4), rate(9), rate(99)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    falling = TrainingConfig(
-        updates=100, learning_rate=1.0, warmup=10, learning_rate_decay="linear"
-    )
-    assert base_rate(falling)(50) == pytest.approx(0.5)
-    assert [decay_to_zero(2.0, 4, k) for k in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    training = {"updates": 100, "learning_rate": 1.0, "warmup": 10}
+    constant = base_stage(make_config(tiny(training=training), "x"))
+    rates = [constant.rate_at(update) for update in (0, 4, 9, 99)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    training["learning_rate_decay"] = "linear"
+    falling = base_stage(make_config(tiny(training=training), "x"))
+    assert falling.rate_at(50) == pytest.approx(0.5)
+    recipe = {"updates_per_stage": 4, "learning_rate": 2.0}
+    student, _ = student_stages(make_config(tiny(distillation=recipe), "x"))
+    assert [student.rate_at(k) for k in range(4)] == [2.0, 1.5, 1.0, 0.5]
 
 
 # --- what an update draws -------------------------------------------------------------------
@@ -165,12 +182,10 @@ def test_the_student_trains_at_every_step_and_at_t_1():
         seen.update(logsnr.tolist())
         return torch.zeros_like(z)
 
-    from diffusion.gaussian import Denoiser
-
     denoiser = Denoiser(network, "v")
-    objective = student_objective(denoiser, denoiser, COSINE, 4, "snr_trunc")
+    objective = student_objective(denoiser, denoiser, 4)
     x = torch.zeros(256, 1, 2, 2)
-    objective.loss(x, None, *objective.draw(generator("cpu", 0), x.shape))
+    objective.loss(x, {}, objective.draw(generator("cpu", 0), x.shape))
     t = torch.arange(1, 9, dtype=torch.float64) / 8
     expected = sorted(COSINE(t).float().tolist())
     assert sorted(seen) == pytest.approx(expected, abs=1e-4)
@@ -180,9 +195,10 @@ def test_the_student_trains_at_every_step_and_at_t_1():
 @pytest.mark.parametrize("num_steps", [1, 2, 8])
 def test_a_students_steps_are_drawn_as_their_density_says(num_steps, exponent):
     """P(i) = ((i + 1) / N)^p - (i / N)^p."""
-    objective = student_objective(None, None, COSINE, num_steps, "snr_trunc", exponent)
+    nobody = Denoiser(lambda z, logsnr: z, "v")
+    objective = student_objective(nobody, nobody, num_steps, time_exponent=exponent)
     n = 4096
-    _, i = objective.draw(generator("cpu", 0), torch.Size([n, 1, 1, 1]))
+    i = objective.draw(generator("cpu", 0), torch.Size([n, 1, 1, 1]))["i"]
     edges = (torch.arange(num_steps + 1, dtype=torch.float64) / num_steps) ** exponent
     expected = n * edges.diff()
     counts = torch.bincount(i, minlength=num_steps)
@@ -198,11 +214,9 @@ def test_base_times_are_continuous(stratified):
         seen.append(logsnr)
         return torch.zeros_like(z)
 
-    from diffusion.gaussian import Denoiser
-
-    objective = base_objective(Denoiser(network, "v"), COSINE, "snr_plus_one", stratified)
+    objective = base_objective(Denoiser(network, "v"), stratified=stratified)
     x = torch.zeros(4096, 1, 1, 1)
-    objective.loss(x, None, *objective.draw(generator("cpu", 0), x.shape))
+    objective.loss(x, {}, objective.draw(generator("cpu", 0), x.shape))
     logsnr = seen[0]
     assert len(logsnr.unique()) > 4000
     t = (torch.atan(torch.exp(-logsnr / 2)) / (torch.pi / 2)).sort().values
@@ -217,14 +231,12 @@ def test_labels_are_dropped_as_often_as_asked():
         seen.append(label)
         return torch.zeros_like(z)
 
-    from diffusion.gaussian import Denoiser
-
     x, labels = torch.zeros(4096, 1, 1, 1), torch.full((4096,), 7)
     for share in (0.0, 0.25):
-        objective = base_objective(Denoiser(network, "v"), COSINE, "snr_trunc", False, share)
+        objective = base_objective(Denoiser(network, "v"), label_dropout=share)
         drawn = objective.draw(generator("cpu", 0), x.shape)
-        objective.loss(x, labels, *drawn)
-        assert objective.logsnr(*drawn).shape == (4096,)
+        losses, logsnr = objective.loss(x, {"label": labels}, drawn)
+        assert losses.shape == logsnr.shape == (4096,)
         assert set(seen[-1].unique().tolist()) <= {-1, 7}
         assert (seen[-1] == -1).float().mean().item() == pytest.approx(share, abs=0.02)
 
@@ -239,33 +251,32 @@ def test_student_and_teacher_are_told_the_labels():
 
         return network
 
-    from diffusion.gaussian import Denoiser
-
     student, teacher = (Denoiser(network_of(name), "v") for name in seen)
-    objective = student_objective(student, teacher, COSINE, 4, "snr_trunc")
+    objective = student_objective(student, teacher, 4)
     x, labels = torch.zeros(6, 1, 2, 2), torch.arange(6)
-    objective.loss(x, labels, *objective.draw(generator("cpu", 0), x.shape))
+    objective.loss(x, {"label": labels}, objective.draw(generator("cpu", 0), x.shape))
     assert [len(calls) for calls in seen.values()] == [1, 2]
     assert all(torch.equal(label, labels) for calls in seen.values() for label in calls)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_the_labels_of_a_conditional_run_are_its_images_own(tmp_path, stage):
+def test_the_labels_of_a_conditional_run_are_its_images_own(stage):
     """Of a run of the config: training as stage 0, distillation as stage 1."""
     seen = []
 
-    def loss(x, labels, *drawn):
-        seen.append((x, labels))
-        return trainee.network(x, torch.zeros(len(x)), labels).square().mean((1, 2, 3))
+    def loss(x, condition, drawn):
+        seen.append((x, condition.get("label")))
+        output = trainee.network(x, torch.zeros(len(x)), **condition)
+        return output.square().mean((1, 2, 3)), drawn["zeros"]
 
     for num_classes in (10, None):
         config = make_config(tiny(model={"num_classes": num_classes}), "x")
         images = digits()
-        run = Run(config, "x", tmp_path, ALONE, images)
-        trainee = make_trainee(config)
-        plan = run.plan(stage, 2, lambda update: 0.0)
-        drawn = Objective(lambda rng, shape: (torch.zeros(shape[0]),), loss, lambda zeros: zeros)
-        for _ in updates(trainee, plan, images, drawn, ALONE):
+        trainee = begin(config)
+        made = (base_stage(config), *student_stages(config))[stage]
+        plan = replace(made, updates=2, learning_rate=0.0)
+        objective = Objective(lambda rng, shape: {"zeros": torch.zeros(shape[0])}, loss)
+        for _ in train_updates(trainee, plan, images, objective, ALONE):
             pass
     with_classes, without = seen[:2], seen[2:]
     for x, labels in with_classes:
@@ -280,11 +291,11 @@ def test_the_labels_of_a_conditional_run_are_its_images_own(tmp_path, stage):
 
 def test_training_lowers_the_loss_and_fills_the_average():
     config = make_config(tiny(model={"patch_size": 2, "attention_resolutions": []}), "x")
-    trainee, plan = make_trainee(config), make_plan(updates=60, learning_rate=lambda u: 1e-2)
+    trainee, plan = begin(config), make_stage(updates=60, learning_rate=1e-2)
     images = digits()
     images.images.fill_(200)
-    losses = base_objective(build_denoiser(config, trainee.network, CPU), COSINE, "snr_plus_one")
-    history = [m.loss for m in updates(trainee, plan, images, losses, ALONE)]
+    losses = base_objective(build_denoiser(config, trainee.network, CPU), "snr_plus_one")
+    history = [m.loss for m in train_updates(trainee, plan, images, losses, ALONE)]
     assert len(history) == trainee.update == 60
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
     pairs = zip(trainee.network.parameters(), trainee.ema.parameters(), strict=True)
@@ -296,18 +307,18 @@ def test_an_update_is_a_function_of_seed_stage_and_update():
     config = make_config(tiny(model={"dropout": 0.5}), "x")
 
     def run(trainee, last):
-        losses = base_objective(
-            build_denoiser(config, trainee.network, CPU), COSINE, "snr_plus_one"
-        )
+        losses = base_objective(build_denoiser(config, trainee.network, CPU), "snr_plus_one")
         return list(
-            updates(trainee, make_plan(updates=last, horizontal_flip=True), digits(), losses, ALONE)
+            train_updates(
+                trainee, make_stage(updates=last, horizontal_flip=True), digits(), losses, ALONE
+            )
         )
 
-    whole, halves = make_trainee(config), make_trainee(config)
+    whole, halves = begin(config), begin(config)
     run(whole, 4)
     run(halves, 2)
     torch.rand(100)  # what happens in between is of no account
-    resumed = make_trainee(config, seed=9)
+    resumed = begin(config, seed=9)
     resumed.network.load_state_dict(halves.network.state_dict())
     resumed.ema.load_state_dict(halves.ema.state_dict())
     resumed.optimizer.load_state_dict(halves.optimizer.state_dict())
@@ -322,24 +333,18 @@ def test_an_update_is_a_function_of_seed_stage_and_update():
 def test_horizontal_flip_flips_half_of_the_images():
     seen = []
 
-    def loss(x, labels):
+    def loss(x, condition, drawn):
         seen.append(x)
-        return x.mean((1, 2, 3)) * parameter
+        return x.mean((1, 2, 3)) * parameter, torch.zeros(len(x))
 
-    losses = Objective(lambda rng, shape: (), loss, lambda: torch.zeros(1))
+    losses = Objective(lambda rng, shape: {}, loss)
 
     parameter = nn.Parameter(torch.ones(()))
     module = nn.ParameterList([parameter])
     one = MemoryDataset(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1), None)
     one.images[..., 0] = 255
-    trainee = Trainee(
-        module, module, None, make_optimizer(module), torch.amp.GradScaler("cpu", enabled=False)
-    )
-    list(
-        updates(
-            trainee, make_plan(updates=1, batch_size=400, horizontal_flip=True), one, losses, ALONE
-        )
-    )
+    stage = make_stage(updates=1, batch_size=400, horizontal_flip=True)
+    list(train_updates(make_trainee(module, stage, ALONE), stage, one, losses, ALONE))
     left, right = ((seen[0][:, 0, 0, column] == 1).sum().item() for column in (0, -1))
     assert left + right == 400
     assert 150 < left < 250
@@ -348,15 +353,16 @@ def test_horizontal_flip_flips_half_of_the_images():
 @pytest.mark.parametrize("lasting", [False, True])
 def test_an_update_whose_gradient_is_not_finite_is_skipped(lasting, capsys):
     config = make_config(tiny(), "x")
-    trainee = make_trainee(config)
+    trainee = begin(config)
     before = copy.deepcopy(trainee.network.state_dict())
-    fine = base_objective(build_denoiser(config, trainee.network, CPU), COSINE, "snr_trunc")
+    fine = base_objective(build_denoiser(config, trainee.network, CPU), "snr_trunc")
 
     def loss(*inputs):
-        return fine.loss(*inputs) * (torch.inf if lasting or trainee.update == 1 else 1.0)
+        value, logsnr = fine.loss(*inputs)
+        return value * (torch.inf if lasting or trainee.update == 1 else 1.0), logsnr
 
-    objective = Objective(fine.draw, loss, fine.logsnr)
-    steps = updates(trainee, make_plan(updates=50), digits(), objective, ALONE)
+    objective = Objective(fine.draw, loss)
+    steps = train_updates(trainee, make_stage(updates=50), digits(), objective, ALONE)
     if not lasting:
         metrics = [next(steps) for _ in range(3)]
         assert [m.skipped for m in metrics] == [False, True, False]
@@ -370,22 +376,22 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped(lasting, capsys):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("weight", LOSS_WEIGHTS)
+@pytest.mark.parametrize("weight", SQUARED_ERRORS)
 @pytest.mark.parametrize("prediction", ["x", "eps", "v", "both"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_output_and_loss_trains_and_distils(weight, prediction, channels):
     values = tiny(data={"channels": channels}, diffusion={"prediction": prediction})
     config = make_config(values, "x")
-    trainee = make_trainee(config)
+    trainee = begin(config)
     denoiser = build_denoiser(config, trainee.network, CPU)
     teacher = build_denoiser(config, build_network(config, CPU), CPU)
     for losses in (
-        base_objective(denoiser, COSINE, weight),
-        student_objective(denoiser, teacher, COSINE, 4, weight),
+        base_objective(denoiser, weight),
+        student_objective(denoiser, teacher, 4, weight),
     ):
         trainee.update = 0
         history = list(
-            updates(trainee, make_plan(updates=2), digits(channels=channels), losses, ALONE)
+            train_updates(trainee, make_stage(updates=2), digits(channels=channels), losses, ALONE)
         )
         assert all(math.isfinite(m.loss) and m.loss > 0 for m in history)
 
@@ -396,14 +402,14 @@ def test_every_output_and_loss_trains_and_distils(weight, prediction, channels):
 def test_a_student_has_no_dropout_and_no_average(tmp_path, monkeypatch):
     config = make_config(tiny(model={"dropout": 0.5}), "x")
     run = Run(config, "x", tmp_path, ALONE, digits())
-    teacher = load_checkpoint(train_base(run))
+    teacher = train_base(run)
     built = []
 
     def spy(denoiser, *others):
         built.append(denoiser.network)
-        return student_objective(denoiser, *others)
+        return distillation_objective(denoiser, *others)
 
-    monkeypatch.setattr("training.stages.student_objective", spy)
+    monkeypatch.setattr("training.stages.distillation_objective", spy)
     student = train_student(run, teacher, 0)
     assert student.ema is None
     assert student.num_steps == 4
@@ -415,7 +421,7 @@ def test_a_student_has_no_dropout_and_no_average(tmp_path, monkeypatch):
 def test_a_student_starts_as_its_teachers_average(tmp_path, monkeypatch):
     config = make_config(tiny(), "x")
     run = Run(config, "x", tmp_path, ALONE, digits())
-    teacher = load_checkpoint(train_base(run))
+    teacher = train_base(run)
     assert teacher.ema is not None
     started = []
 
@@ -435,7 +441,7 @@ def test_the_rate_falls_to_zero_in_every_stage(tmp_path):
         tiny(distillation={"updates_per_stage": [4, 2], "learning_rate": rates}), "x"
     )
     run = Run(config, "x", tmp_path, ALONE, digits())
-    teacher = load_checkpoint(train_base(run))
+    teacher = train_base(run)
     first = train_student(run, teacher, 0)
     started = []
     with pytest.MonkeyPatch.context() as patch:
@@ -497,7 +503,7 @@ def test_sample_statistics():
 def test_old_checkpoints_go_and_milestones_stay(tmp_path, keep, milestone):
     for number in range(1, 11):
         (tmp_path / f"diffusion-{number}.pt").touch()
-    prune(tmp_path, "diffusion-", keep, milestone)
+    StageFiles(tmp_path, None, keep, milestone).prune(finished=False)
     left = {int(p.stem.split("-")[1]) for p in tmp_path.iterdir()}
     kept = set(range(1, 11)) if keep is None else {9, 10}
     assert left == kept | ({3, 6, 9} if milestone else set())
@@ -510,7 +516,7 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path, keep, milestone):
 @pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (1, 3), (2, 1), (4, 1), (2, 2)])
 def test_the_rows_of_all_processes_are_the_batch(batch_size, size, accumulate):
     worlds = [World(CPU, rank, size) for rank in range(size)]
-    rows = [row for world in worlds for row in own_rows(batch_size, accumulate, world)]
+    rows = [row for world in worlds for row in rows_of_process(batch_size, accumulate, world)]
     assert len(rows) == size * accumulate
     assert [n for row in rows for n in range(row.start, row.stop)] == list(range(batch_size))
     assert all(row.stop > row.start for row in rows)
@@ -518,7 +524,7 @@ def test_the_rows_of_all_processes_are_the_batch(batch_size, size, accumulate):
 
 def test_a_batch_too_small_to_be_shared_is_refused():
     with pytest.raises(InputError, match="batch_size: 3 cannot be shared by 2 processes"):
-        own_rows(3, 2, World(CPU, 0, 2))
+        rows_of_process(3, 2, World(CPU, 0, 2))
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
@@ -526,12 +532,10 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
     config = make_config(tiny(model={"dropout": 0.0}), "x")
 
     def run(accumulate):
-        trainee = make_trainee(config)
-        objective = base_objective(
-            build_denoiser(config, trainee.network, CPU), COSINE, "snr_plus_one"
-        )
-        plan = make_plan(accumulate=accumulate, updates=3, horizontal_flip=True)
-        return trainee, list(updates(trainee, plan, digits(), objective, ALONE))
+        trainee = begin(config)
+        objective = base_objective(build_denoiser(config, trainee.network, CPU), "snr_plus_one")
+        plan = make_stage(accumulate=accumulate, updates=3, horizontal_flip=True)
+        return trainee, list(train_updates(trainee, plan, digits(), objective, ALONE))
 
     (whole, metrics), (parts, same) = run(1), run(accumulate)
     for a, b in zip(metrics, same, strict=True):
@@ -547,14 +551,14 @@ def test_reduced_precision_trains_and_keeps_the_loss_in_float32(precision):
     full = make_config(tiny(model={"dropout": 0.0}), "x")
 
     def run(config):
-        trainee = make_trainee(config)
+        trainee = begin(config)
         seen = []
         trainee.network.register_forward_hook(lambda *inputs: seen.append(inputs[2].dtype))
         denoiser = build_denoiser(config, trainee.network, CPU)
         prediction = denoiser(torch.zeros(1, 1, 32, 32), torch.zeros(1))
         assert prediction.x.dtype == torch.float32
-        objective = base_objective(denoiser, COSINE, "snr_plus_one")
-        history = list(updates(trainee, make_plan(updates=6), digits(), objective, ALONE))
+        objective = base_objective(denoiser, "snr_plus_one")
+        history = list(train_updates(trainee, make_stage(updates=6), digits(), objective, ALONE))
         assert all(p.dtype == torch.float32 for p in trainee.network.parameters())
         return seen[0], [m.loss for m in history]
 
@@ -567,9 +571,9 @@ def test_reduced_precision_trains_and_keeps_the_loss_in_float32(precision):
 def test_a_compiled_update_is_the_eager_one():
     def run(compile):
         config = make_config(tiny(engine={"compile": compile}, model={"dropout": 0.0}), "x")
-        trainee = make_trainee(config)
+        trainee = begin(config)
         denoiser = build_denoiser(config, trainee.network, CPU)
-        objective = base_objective(denoiser, COSINE, "snr_plus_one")
-        return [m.loss for m in updates(trainee, make_plan(), digits(), objective, ALONE)]
+        objective = base_objective(denoiser, "snr_plus_one")
+        return [m.loss for m in train_updates(trainee, make_stage(), digits(), objective, ALONE)]
 
     assert run(True) == pytest.approx(run(False), rel=1e-3)
