@@ -76,10 +76,10 @@ def table(checkpoint: Path, teacher: Path, count: int) -> str:
     lines.append("|---:|---:|---:|---:|---:|")
     for n in range(learnt.num_steps):
         i = learnt.num_steps - 1 - n
-        error = squared_error(student, guide, paths[:, i], x)
+        missed = squared_error(student, guide, paths[:, i], x)
         before, after = (guide, fine[: at[n] + 1]), (guide, fine[at[n + 1] :])
         here = moved(before, (student, grid[n : n + 2]), after)
-        lines.append(f"| {i} | {times[n]:.3f} | {shares[n]:.3f} | {error:.6f} | {here:.5f} |")
+        lines.append(f"| {i} | {times[n]:.3f} | {shares[n]:.3f} | {missed:.6f} | {here:.5f} |")
     lines.append(f"| all | | | | {moved((student, grid)):.5f} |")
     return "\n".join(lines)
 
