@@ -8,7 +8,7 @@ import yaml
 
 import distill
 import train
-from benchmarks import cost, steps, sweep, throughput
+from benchmarks import cost, measures, steps, sweep, throughput
 from benchmarks.sweeps import SWEEPS
 from diffusion.grids import uniform_grid
 from evaluation.gallery import RealImages, real_images
@@ -101,8 +101,8 @@ def teacher(tmp_path):
 
 
 def cells(table):
-    """The rows of a Markdown table as mappings of title to text, by the first cell."""
-    lines = [line for line in table.splitlines() if line.startswith("|")]
+    """The titles of the last table that was printed, and its rows as mappings of title to text."""
+    lines = table[table.index("| variant |") :].strip().splitlines()
     titles, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     return titles, [dict(zip(titles, row, strict=False)) for row in rows]
 
@@ -155,7 +155,7 @@ def test_an_ablation_has_every_cell_and_the_best_twice(run_sweep, monkeypatch, c
 def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
     run_sweep, teacher, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sweep, "HELD_OUT", 200)
+    monkeypatch.setattr(measures, "HELD_OUT", 200)
     variants = {"rate5": [], "b8": ["distillation.batch_size=8"]}
     given = ["stages", "--checkpoint", str(teacher)]
     capsys.readouterr()
@@ -169,8 +169,8 @@ def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
     assert all(calls[name] == 3 * seen[name] for name in variants), "the student's and two legs'"
     copied = replace(load_checkpoint(tmp_path / "out/b8/student-2.pt"))
     untrained = replace(copied, model=load_checkpoint(teacher).model)
-    bench = sweep.Bench(sweep.SWEEPS["stages"], teacher, 1, 20, tmp_path / "out")
-    assert losses["b8"] < bench.held_out_loss(untrained), "its teacher's own weights"
+    measurer = measures.Measurer(SWEEPS["stages"], teacher, 20, tmp_path / "out")
+    assert losses["b8"] < measurer.held_out_loss(untrained), "its teacher's own weights"
     monkeypatch.setattr(distill, "main", lambda command: 1 / 0)
     assert run_sweep(*given, variants=variants) == 0, "nothing is distilled twice"
     given[-1] = str(tmp_path / "copied.pt")  # of other weights than those of the teacher
@@ -187,9 +187,7 @@ def test_methods_are_compared_at_every_step_count(run_sweep, teacher, tmp_path, 
     average = ["distillation.ema_decay=0.999"]
     variants = {
         "progressive": ["distillation.ladder=[4,2,1]", "distillation.updates_per_stage=[1,2]"],
-        "straight": ["distillation.ladder=[4,1]"],
-        "adaptive": ["distillation.ladder=[4,2]", "distillation.grid=adaptive"],
-        "tract": ["distillation.ladder=[4,2]", "distillation.method=tract", *average],
+        "adaptive": ["distillation.ladder=[4,1]", "distillation.grid=adaptive"],
         "consistency": ["distillation.ladder=[4,1]", "distillation.method=consistency", *average],
     }
     values = {"common": common, "variants": variants, "steps": (2, 1)}
@@ -198,9 +196,7 @@ def test_methods_are_compared_at_every_step_count(run_sweep, teacher, tmp_path, 
     _, rows = cells(capsys.readouterr().out)
     assert {(row["variant"], row["steps"]) for row in rows} == {
         *(("progressive", n) for n in "21"),
-        ("straight", "1"),
-        ("adaptive", "2"),
-        ("tract", "2"),
+        ("adaptive", "1"),
         *(("consistency", n) for n in "21"),
     }
     for row in rows:
@@ -216,8 +212,8 @@ def test_methods_are_compared_at_every_step_count(run_sweep, teacher, tmp_path, 
         return calls / images
 
     assert calls_of("progressive", "2") == calls_of("progressive", "1") == 3
-    assert calls_of("straight", "1") == 5
-    assert calls_of("tract", "2") == calls_of("consistency", "1") == 3
+    assert calls_of("adaptive", "1") == 5
+    assert calls_of("consistency", "1") == 3
     stages = json.loads((tmp_path / "out/progressive/plan.json").read_text())["stages"]
     assert stages[1]["updates"] == pytest.approx(2 * stages[0]["updates"], abs=1)
 
