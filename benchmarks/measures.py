@@ -28,6 +28,7 @@ from training.metrics import read_metrics
 from utils.processes import World
 from utils.randomness import generator
 
+Rows = list[dict[str, Any]]
 JACKKNIFE = 10  # sets of noise
 HELD_OUT = 2000  # test images
 
@@ -58,7 +59,6 @@ class Measurer:
 
     def rows(self, trained: Trained) -> Rows:
         """What is measured of a checkpoint: a row for each way of sampling it."""
-
         checkpoint = load_checkpoint(trained.path)
         about = {
             "parameters": sum(tensor.numel() for tensor in checkpoint.model.values()),
@@ -81,7 +81,6 @@ class Measurer:
 
         without: the Frechet distances without each of ten equal sets of the samples.
         """
-
         extract, reference = self.extractor
         images = self.samples(path, checkpoint, sampler, steps)
         features = extract(images)
@@ -104,7 +103,6 @@ class Measurer:
 
     def samples(self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int) -> Tensor:
         """Samples, drawn on the CPU; those of all checkpoints start from the same noise."""
-
         where = "teacher" if path == self.teacher else path.parent.name
         drawn = gallery.Gallery(self.output / "samples" / where, World(torch.device("cpu")), 0, 125)
         with locked(self.output / "locks" / f"samples-{where}", wait=True):
@@ -113,20 +111,18 @@ class Measurer:
     @cached_property
     def real(self) -> Tensor:
         """The real images."""
-
-        config = load_config(self.sweep.base) if self.sweep.base else self.taught_by.config
+        teacher = self.taught_by
+        config = load_config(self.sweep.base or Path()) if teacher is None else teacher.config
         return gallery.real_images(config).reference
 
     @cached_property
     def extractor(self) -> tuple[Extractor, Features]:
         """The extractor of features, and those of the real images."""
-
         extract = make_extractor("digits", torch.device("cpu"))
         return extract, extract(self.real, "features of real images")
 
     def held_out_loss(self, student: Checkpoint) -> float:
         """The loss, weighted by max(1, SNR), on test images, with the same draws for all."""
-
         teacher, cpu = self.taught_by or student, torch.device("cpu")
         steps = student.config.distillation.steps()[0]
         paths = neighbours(teacher.levels(steps), student.levels())
@@ -156,7 +152,6 @@ def ways_to_sample(sweep: Sweep, checkpoint: Checkpoint) -> list[tuple[str, int]
 
 def losses_of(folder: Path) -> list[float]:
     """The mean loss of the updates 850 to 1,150, if there are any, and of the last tenth."""
-
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     parts = losses[850:1150] or losses[:1], losses[-max(1, len(losses) // 10) :]
@@ -166,7 +161,6 @@ def losses_of(folder: Path) -> list[float]:
 @contextmanager
 def locked(folder: Path, wait: bool) -> Iterator[bool]:
     """Locks the folder among processes. Yields whether that succeeded, with wait always True."""
-
     while True:
         with kept_to_itself(folder) as alone:
             if alone or not wait:

@@ -20,7 +20,7 @@ import torch
 
 import distill
 import train
-from benchmarks.measures import JACKKNIFE, Measurer, Trained, locked
+from benchmarks.measures import JACKKNIFE, Measurer, Rows, Trained, locked
 from benchmarks.sweeps import SWEEPS, Sweep
 from benchmarks.timing import timed_stages
 from pipeline.checkpoint import digest
@@ -43,7 +43,6 @@ from utils.files import write_text
 
 STUDENT_T = 2.262  # of 95%, for ten sets
 AGAIN = "-again"  # ends the name of a variant's second run
-Rows = list[dict[str, Any]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,7 +154,6 @@ class Bench:
 
     def train(self, folder: Path, changes: list[str]) -> list[Trained]:
         """Trains a variant to its end; returns its checkpoints, none if it diverged."""
-
         given = self.overrides(changes)
         stages = self.plan(folder, given)
         updates = [stage["updates"] for stage in stages]
@@ -196,16 +194,12 @@ class Bench:
 
         Stages share the time in proportion to the updates that the config gives them.
         """
-
         path = folder / "plan.json"
-        teacher = (
-            None if self.measurer.taught_by is None else digest(self.measurer.taught_by.weights)
-        )
-        made_for = {"seconds": self.seconds, "teacher": teacher, "overrides": overrides}
+        teacher = self.measurer.taught_by
+        weights = None if teacher is None else digest(teacher.weights)
+        made_for = {"seconds": self.seconds, "teacher": weights, "overrides": overrides}
         if not path.exists():
-            stages = timed_stages(
-                self.config(overrides), self.measurer.taught_by, self.seconds / 30
-            )
+            stages = timed_stages(self.config(overrides), teacher, self.seconds / 30)
             total = sum(stage["updates"] * stage["seconds"] for stage in stages)
             for stage in stages:
                 stage["updates"] = max(1, int(stage["updates"] * self.seconds / total))
@@ -218,7 +212,6 @@ class Bench:
 
     def config(self, overrides: list[str]) -> Config:
         """The config of a variant."""
-
         if self.measurer.taught_by is None or self.teacher is None:
             return load_config(self.sweep.base or Path(), overrides)
         return distillation_config(self.measurer.taught_by, self.teacher, None, overrides)
@@ -226,7 +219,6 @@ class Bench:
 
 def require_diverged(folder: Path) -> None:
     """Raises InputError unless a training ended because its gradients were not finite."""
-
     path = folder / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
     if not (lines and lines[-1].get("skipped")):

@@ -33,7 +33,6 @@ def timed_stages(
 
     calls: for each image. seconds: of CPU time that the measurement of a stage may take.
     """
-
     world = World(torch.device("cpu"))
     run = Run(config, "timed", Path("timed"), world, build_dataset(config, world.device))
     stages = [base_stage(config)] if teacher is None else student_stages(config, teacher.stage + 1)
@@ -65,7 +64,6 @@ def seconds_per_update(
     run: Run, stage: Stage, start: Checkpoint, teacher: Checkpoint | None, limit: float
 ) -> float:
     """The CPU time of an update, over some that are not the first, for so long at most."""
-
     network = build_network(start.config, run.world.device, None if teacher is None else 0.0)
     load_weights(network, start.model, run.output)
     trainee = make_trainee(network, stage, run.world)
