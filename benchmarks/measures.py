@@ -150,12 +150,12 @@ def ways_to_sample(sweep: Sweep, checkpoint: Checkpoint) -> list[tuple[str, int]
     return [(sampler, n) for n in own if n in (sweep.steps or own)]
 
 
-def losses_of(folder: Path) -> list[float]:
-    """The mean loss of the updates 850 to 1,150, if there are any, and of the last tenth."""
+def losses_of(folder: Path) -> list[float | None]:
+    """The mean loss of the updates 850 to 1,150, None without these, and of the last tenth."""
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    parts = losses[850:1150] or losses[:1], losses[-max(1, len(losses) // 10) :]
-    return [statistics.mean(part) for part in parts]
+    parts = losses[850:1150], losses[-max(1, len(losses) // 10) :]
+    return [statistics.mean(part) if part else None for part in parts]
 
 
 @contextmanager

@@ -235,7 +235,7 @@ COLUMNS = {
     "images seen": lambda r: f"{r['images']:,}",
     "network calls": lambda r: f"{r['calls']:,}",
     "loss around update 1,000 -> at the end": lambda r: " -> ".join(
-        f"{v:.4f}" for v in r["losses"]
+        _optional(loss, ".4f") for loss in r["losses"]
     ),
     "Frechet distance": lambda r: f"{r['frechet']:.2f} ± {r['interval']:.2f}",
     "difference": lambda r: r.get("difference", ""),
