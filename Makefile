@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation test test-slow torture lint format mutants clean
+.PHONY: help install quickstart results evaluate experiments ablation methods test test-slow torture lint format mutants clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -20,6 +20,7 @@ help:
 	@echo 'make evaluate     measure the published weights (hours)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
+	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
@@ -74,11 +75,18 @@ evaluate: $(VENV)/.installed
 		--steps 1 2 4 8 16 32 64 128 1024 --count 2000 --max_calls 1024000
 
 experiments: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.experiments
+	$(BIN)/python -m benchmarks.sweep experiments
 
+# Two processes share the variants; the second call trains the best ones once more.
+SWEEP = $(BIN)/python -m benchmarks.sweep
 ablation: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.ablation --only x eps & $(BIN)/python -m benchmarks.ablation --only v both; wait
-	$(BIN)/python -m benchmarks.ablation
+	$(SWEEP) ablation & $(SWEEP) ablation; wait
+	$(SWEEP) ablation & $(SWEEP) ablation; wait
+	$(SWEEP) ablation --table
+
+methods: $(VENV)/.installed
+	$(SWEEP) methods & $(SWEEP) methods; wait
+	$(SWEEP) methods --table
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

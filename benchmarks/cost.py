@@ -5,6 +5,7 @@ network takes seconds and no hardware.
 """
 
 import argparse
+import math
 import sys
 from typing import Any
 
@@ -96,6 +97,8 @@ def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Na
     the gradients' bytes in and out of each of n GPUs, in float32, while the backward pass still
     computes: an update takes the longer of the two, after its forward passes.
     """
+    from training.stage import student_stages
+
     n, engine = machine.gpus, config.engine
     precision = "tf32" if engine.precision == "fp32" and engine.tf32 else engine.precision
     tflops = machine.tflops or H100[precision]
@@ -104,16 +107,16 @@ def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Na
     wire = moved * 2**20 / 1e9 / machine.bandwidth
     backward = cost["training"] - cost["forward"]
 
-    def seconds(kind: str, batch: int) -> float:
-        forward = (cost[kind] - backward) * batch / gflop_per_second
+    def seconds(forwards: int, batch: int) -> float:
+        forward = forwards * cost["forward"] * batch / gflop_per_second
         return forward + max(backward * batch / gflop_per_second, wire)
 
-    training, distillation = config.training, config.distillation
-    stages = sum(distillation.stage(k).updates for k in range(distillation.iterations))
-    update = seconds("training", training.batch_size)
+    training = config.training
+    update = seconds(1, training.batch_size)
+    ladder = [s.updates * seconds(1 + legs_of(s), s.batch_size) for s in student_stages(config)]
     hours = [
         training.updates * update / 3600,
-        stages * seconds("distillation", distillation.batch_size) / 3600,
+        sum(ladder) / 3600,
         50_000 * config.sampling.steps * cost["forward"] / gflop_per_second / 3600,
     ]
     arithmetic = cost["training"] * training.batch_size / gflop_per_second
@@ -124,11 +127,19 @@ def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Na
     )
 
 
+def legs_of(stage: Any) -> int:
+    """The legs of a stage's transitions, of a grid that is not uniform on average."""
+    if stage.method.needs_average:
+        return 2
+    return math.ceil(stage.teacher_steps / stage.num_steps)
+
+
 def cost_of(config: Any) -> dict[str, float]:
     """Counts of one image: GFLOP of convolutions and matrix products, MiB.
 
     A training update is a forward and a backward pass; one of distillation has two forward passes
-    of the teacher before. state: float32 weights, gradients, both moments of Adam and the average.
+    of the teacher before, as in a stage that halves the steps. state: float32 weights, gradients,
+    both moments of Adam and the average.
     """
     import torch
     from torch.autograd.graph import saved_tensors_hooks

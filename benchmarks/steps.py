@@ -8,25 +8,29 @@ student's and all others are the teacher's. The last row is the student alone.
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusion.distillation import distillation_loss
+from diffusion.distillation import METHODS, distillation_loss
 from diffusion.gaussian import Denoiser
-from diffusion.losses import LOSS_WEIGHTS
+from diffusion.grids import Grid, positions
+from diffusion.losses import constant
+from diffusion.paths import neighbours
 from diffusion.samplers import ddim
-from diffusion.schedule import Schedule, sampling_levels, transition_levels
+from diffusion.schedule import Schedule
 from evaluation.gallery import real_images
-from pipeline.build import build_schedule, image_shape, load_denoiser
-from pipeline.checkpoint import load_checkpoint
+from pipeline.build import image_shape, load_denoiser
+from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
+from pipeline.network import build_schedule
 from utils.command import InputError, parse, path_name, run_command, say, whole_number
 from utils.randomness import ImageNoise, generator
 
 BATCH_SIZE = 100
-Leg = tuple[Denoiser, int, int, int]  # by whom, from which level of the teacher's grid, to, stride
+Part = tuple[Denoiser, Grid]  # of a walk: by whom, along which levels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=path_name, required=True, metavar="STUDENT.pt")
-    add("--teacher", type=path_name, required=True, metavar="TEACHER.pt", help="of twice its steps")
+    add("--teacher", type=path_name, required=True, metavar="TEACHER.pt")
     add("--count", type=whole_number(1, 10**7), default=200, help="images of each kind (200)")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
@@ -47,63 +51,85 @@ def table(checkpoint: Path, teacher: Path, count: int) -> str:
     """A row for each step, from noise to image, as Markdown."""
     cpu = torch.device("cpu")
     learnt, taught_by = load_checkpoint(checkpoint), load_checkpoint(teacher)
-    config, num_steps = learnt.config, learnt.num_steps
-    if num_steps is None or taught_by.num_steps not in (None, 2 * num_steps):
-        raise InputError(f"{checkpoint}: not a student of {teacher}, by their numbers of steps")
+    config = learnt.config
     if config.model.num_classes is not None:
         raise InputError(f"{checkpoint}: class-conditional; this is for networks without classes")
-    schedule = build_schedule(config)
+    if learnt.num_steps is None:
+        raise InputError(f"{checkpoint}: a base model; give a student")
+    grid, fine = learnt.levels(), teachers_levels(learnt, taught_by)
+    try:
+        at, paths = positions(fine, grid).tolist(), neighbours(fine, grid)
+    except ValueError as error:
+        raise InputError(f"{checkpoint}: not a student of {teacher}: {error}") from None
+    if len(fine) <= len(grid):
+        raise InputError(f"{checkpoint}: not a student of {teacher}, which makes no more steps")
     student, guide = load_denoiser(learnt, checkpoint, cpu), load_denoiser(taught_by, teacher, cpu)
     x = encode(real_images(config).reference[:count])
     noise = ImageNoise(config.seed, range(count), image_shape(config), cpu).draw()
-    levels, end = sampling_levels(schedule, 2 * num_steps), 2 * num_steps
+    wanted = images(noise, [(guide, fine)])
 
-    wanted = images(noise, levels, [(guide, 0, end, 1)])
+    def moved(*parts: Part) -> float:
+        return (images(noise, parts) - wanted).square().mean().item()
 
-    def moved(*legs: Leg) -> float:
-        return (images(noise, levels, legs) - wanted).square().mean().item()
-
-    distillation = config.distillation
-    p = distillation.stage(distillation.ladder().index(num_steps)).time_exponent
+    shares, times = shares_drawn(learnt, fine), times_of(grid, build_schedule(config))
     lines = ["| step | at t | drawn | squared error of x | images move by |"]
     lines.append("|---:|---:|---:|---:|---:|")
-    for i in reversed(range(num_steps)):
-        a = end - 2 * (i + 1)
-        drawn = ((i + 1) / num_steps) ** p - (i / num_steps) ** p
-        error = squared_error(student, guide, schedule, num_steps, i, x)
-        here = moved((guide, 0, a, 1), (student, a, a + 2, 2), (guide, a + 2, end, 1))
-        lines.append(
-            f"| {i} | {(i + 1) / num_steps:.3f} | {drawn:.3f} | {error:.6f} | {here:.5f} |"
-        )
-    lines.append(f"| all | | | | {moved((student, 0, end, 2)):.5f} |")
+    for n in range(learnt.num_steps):
+        i = learnt.num_steps - 1 - n
+        missed = squared_error(student, guide, paths[:, i], x)
+        before, after = (guide, fine[: at[n] + 1]), (guide, fine[at[n + 1] :])
+        here = moved(before, (student, grid[n : n + 2]), after)
+        lines.append(f"| {i} | {times[n]:.3f} | {shares[n]:.3f} | {missed:.6f} | {here:.5f} |")
+    lines.append(f"| all | | | | {moved((student, grid)):.5f} |")
     return "\n".join(lines)
 
 
-def squared_error(
-    student: Denoiser, guide: Denoiser, schedule: Schedule, num_steps: int, i: int, x: Tensor
-) -> float:
-    """The mean squared error of the student's x at its step i, against its target."""
-    levels = transition_levels(schedule, num_steps, torch.full((len(x),), i), k=2)
+def teachers_levels(student: Checkpoint, teacher: Checkpoint) -> Grid:
+    """The teacher's grid: its own, or of a base model that of the student's ladder."""
+    ladder = student.config.distillation.steps()
+    before = [a for a, b in pairwise(ladder) if b == student.num_steps]
+    steps = before[0] if before else 2 * (student.num_steps or 1)
+    return teacher.levels(None if teacher.grid is not None else steps)
+
+
+def shares_drawn(student: Checkpoint, teachers: Grid) -> Tensor:
+    """The share of the training images at each of the student's steps, from noise to image."""
+    recipe, grid = student.config.distillation, student.levels()
+    students = recipe.steps()[1:]
+    position = students.index(len(grid) - 1) if len(grid) - 1 in students else 0
+    own = recipe.of_stage(position)
+    starts = METHODS[own["method"]].paths(teachers, grid)[0]
+    edges = torch.linspace(0, 1, len(starts) + 1, dtype=torch.float64) ** own["time_exponent"]
+    steps = torch.searchsorted(grid, starts + 1e-9, right=True) - 1
+    return torch.zeros(len(grid) - 1, dtype=torch.float64).index_add_(0, steps, edges.diff())
+
+
+def times_of(grid: Grid, schedule: Schedule) -> Tensor:
+    """The times at which the schedule has the levels, except the last one, to 2^-16."""
+    times = torch.linspace(1, 0, 2**16 + 1, dtype=torch.float64)
+    return times[torch.searchsorted(schedule(times), grid[:-1] - 1e-9)]
+
+
+def squared_error(student: Denoiser, guide: Denoiser, levels: Tensor, x: Tensor) -> float:
+    """The mean squared error of the student's x at a step, whose levels are (k + 1,)."""
     eps = torch.randn(x.shape, generator=generator("cpu", "steps"))
-    parts = zip(
-        x.split(BATCH_SIZE),
-        eps.split(BATCH_SIZE),
-        levels.split(BATCH_SIZE, dim=1),
-        strict=True,
-    )
-    losses = [distillation_loss(student, guide, *part, LOSS_WEIGHTS["constant"]) for part in parts]
+    legs = [guide] * (len(levels) - 1)
+    losses = [
+        distillation_loss(student, legs, x, eps, levels[:, None].expand(-1, len(x)), constant)
+        for x, eps in zip(x.split(BATCH_SIZE), eps.split(BATCH_SIZE), strict=True)
+    ]
     return torch.cat(losses).mean().item()
 
 
-def images(noise: Tensor, levels: Tensor, legs: Sequence[Leg]) -> Tensor:
-    """DDIM along the levels, each leg by its own network; not clipped."""
-    parts = []
+def images(noise: Tensor, parts: Sequence[Part]) -> Tensor:
+    """DDIM along the levels of each part, by its own network; not clipped."""
+    drawn = []
     for z in noise.split(BATCH_SIZE):
-        for denoiser, first, last, stride in legs:
-            if first < last:
-                z = ddim(denoiser, z, levels[first : last + 1 : stride])
-        parts.append(z)
-    return torch.cat(parts)
+        for denoiser, levels in parts:
+            if len(levels) > 1:
+                z = ddim(denoiser, z, levels)
+        drawn.append(z)
+    return torch.cat(drawn)
 
 
 if __name__ == "__main__":

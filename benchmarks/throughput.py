@@ -83,7 +83,8 @@ class Bench:
     def __init__(self, config, device, steps: int) -> None:  # type: ignore[no-untyped-def]
         import torch
 
-        from pipeline.build import build_schedule, image_shape
+        from pipeline.build import image_shape
+        from pipeline.network import build_schedule
 
         self.config, self.device, self.steps = config, device, steps
         self.batch_size = config.training.batch_size
@@ -140,15 +141,19 @@ class Bench:
 
     def updates_measured(self) -> dict[str, Callable[[], object]]:
         """The engine's updates, and the networks alone: forward, backward, Adam; two forwards."""
-        from training.loop import base_objective, make_optimizer, student_objective
+        from diffusion.losses import SQUARED_ERRORS
+        from diffusion.objectives import denoising_objective, distillation_objective
+        from training.trainee import make_optimizer
 
         config, schedule = self.config, self.schedule
+        base_loss = SQUARED_ERRORS[config.diffusion.loss_weight]
+        student_loss = SQUARED_ERRORS[config.distillation.loss_weight]
+        legs, paths = [self.teaching] * 2, self.paths()
         train = self._endless_updates(
-            lambda d: base_objective(d, schedule, config.diffusion.loss_weight), ema=True
+            lambda denoiser: denoising_objective(denoiser, schedule, base_loss), ema_decay=0.9999
         )
-        weight = config.distillation.loss_weight
         distil = self._endless_updates(
-            lambda d: student_objective(d, self.teaching, schedule, 4, weight), ema=False
+            lambda denoiser: distillation_objective(denoiser, legs, paths, student_loss)
         )
         bare = self.network().train()
         called, optimizer = self.denoiser(bare).network, make_optimizer(bare)
@@ -169,12 +174,20 @@ class Bench:
             "bare distillation": bare_distillation,
         }
 
+    def paths(self):  # type: ignore[no-untyped-def]
+        """The levels of a stage from 8 to 4 steps, which has two legs in each transition."""
+        from diffusion.grids import uniform_grid
+        from diffusion.paths import neighbours
+
+        grids = [uniform_grid(self.schedule, steps) for steps in (8, 4)]
+        return neighbours(*grids).to(self.device)
+
     def sampling_measured(self) -> dict[str, Callable[[], object]]:
         """DDIM, and as many forward passes."""
+        from diffusion.grids import uniform_grid
         from diffusion.samplers import ddim
-        from diffusion.schedule import sampling_levels
 
-        levels = sampling_levels(self.schedule, self.steps).to(self.device)
+        levels = uniform_grid(self.schedule, self.steps).to(self.device)
         return {
             f"sampling, {self.steps} steps": lambda: ddim(self.teaching, self.z, levels),
             f"bare forwards, {self.steps}": lambda: self._bare_forwards(self.steps),
@@ -211,35 +224,36 @@ class Bench:
         self.gflop[name] = self.gflop_of(all_of_them)
         self.fastest[name.removesuffix("s alone")] = max(rates)
 
-    def _endless_updates(self, objective_of, ema: bool):  # type: ignore[no-untyped-def]
-        """The engine's updates, for ever."""
+    def _endless_updates(self, objective_of, ema_decay=None):  # type: ignore[no-untyped-def]
+        """The loop's updates, without end."""
         import torch
 
         from pipeline.data import MemoryDataset
-        from training.loop import Plan, Trainee, make_optimizer, updates
+        from training.loop import train_updates
+        from training.stage import Stage
+        from training.trainee import make_trainee
         from utils.processes import World
 
-        trained = self.network()
-        average = copy.deepcopy(trained).requires_grad_(False) if ema else None
-        fp16 = self.config.engine.precision == "fp16"
-        scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        labels = torch.zeros(len(self.pixels), device=self.device)
-        plan = Plan(
+        stage = Stage(
+            number=0,
             seed=0,
-            stage=0,
             updates=2**31,
             batch_size=self.batch_size,
-            learning_rate=lambda update: 1e-5,
+            accumulate=1,
             gradient_clip=1.0,
             checkpoint_every=2**31,
-            ema_decay=0.9999 if ema else None,
+            learning_rate=1e-5,
+            decays=False,
+            ema_decay=ema_decay,
         )
-        return updates(
-            Trainee(trained, trained, average, make_optimizer(trained), scaler),
-            plan,
+        network, world = self.network(), World(self.device)
+        labels = torch.zeros(len(self.pixels), device=self.device)
+        return train_updates(
+            make_trainee(network, stage, world, self.config.engine.precision == "fp16"),
+            stage,
             MemoryDataset(self.pixels, labels, None),
-            objective_of(self.denoiser(trained)),
-            World(self.device),
+            objective_of(self.denoiser(network)),
+            world,
         )
 
 

@@ -8,11 +8,13 @@ import yaml
 
 import distill
 import train
-from benchmarks import ablation, cost, experiments, stages, steps, throughput
+from benchmarks import cost, measures, steps, sweep, throughput
+from benchmarks.sweeps import SWEEPS
+from diffusion.grids import uniform_grid
 from evaluation.gallery import RealImages, real_images
-from pipeline.build import build_network
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.config import load_config
+from pipeline.network import build_network, build_schedule
 from tests.toys import tiny
 
 
@@ -62,78 +64,73 @@ def test_costs_are_counted_without_hardware(tmp_path, capsys):
 
 
 @pytest.fixture
-def small_base(tmp_path, monkeypatch):
-    """A tiny config in the place of mnist_small's, and fewer real images."""
-    base = tmp_path / "tiny.yaml"
-    base.write_text(yaml.safe_dump(tiny()))
+def few_real_images(monkeypatch):
+    """Fewer real images, for speed."""
 
     def few(config):
         real = real_images(config)
         return RealImages(real.reference[:500], real.floor[:500], None)
 
     monkeypatch.setattr("evaluation.gallery.real_images", few)
-    for module in (experiments, ablation):
-        monkeypatch.setattr(module, "BASE", base)
-        monkeypatch.setattr(module, "COMMON", ["training.learning_rate_decay=linear"])
-    return ["--seconds", "1", "--count", "20", "--steps", "2", "--output", str(tmp_path / "out")]
 
 
-def test_experiments_train_in_equal_time_and_go_on(small_base, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_sweep(few_real_images, tmp_path, monkeypatch):
+    """A function that runs a sweep of tiny networks: (its values, options) -> the exit code."""
+    base = tmp_path / "tiny.yaml"
+    base.write_text(yaml.safe_dump(tiny()))
+    given = ["--seconds", "1", "--count", "20", "--output", str(tmp_path / "out")]
+
+    def run(name, *options, **values):
+        tiny_base = {"base": base, "common": [], "steps": (2,)} if SWEEPS[name].base else {}
+        monkeypatch.setitem(sweep.SWEEPS, name, replace(SWEEPS[name], **(tiny_base | values)))
+        return sweep.main([name, *given, *options])
+
+    return run
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A file with a student of four steps."""
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(tiny()))
+    assert train.main(["--config_path", str(config), "--output", str(run)]) == 0
+    given = ["--teacher_model_checkpoint", str(run / "diffusion-4.pt")]
+    assert distill.main([*given, "--output", str(tmp_path / "ladder")]) == 0
+    return tmp_path / "ladder" / "student-4.pt"
+
+
+def cells(table):
+    """The titles of the last table that was printed, and its rows as mappings of title to text."""
+    lines = table[table.index("| variant |") :].strip().splitlines()
+    titles, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    return titles, [dict(zip(titles, row, strict=False)) for row in rows]
+
+
+def test_experiments_train_in_equal_time_and_go_on(run_sweep, tmp_path, monkeypatch, capsys):
     variants = {"small": ["training.batch_size=4"], "large": ["training.batch_size=32"]}
-    monkeypatch.setattr(experiments, "VARIANTS", variants)
-    assert experiments.main(small_base) == 0
+    assert run_sweep("experiments", variants=variants) == 0
     table = capsys.readouterr().out
-    assert table.count("\n| small |") == table.count("\n| large |") == 1
+    titles, rows = cells(table)
+    assert {row["variant"] for row in rows} == variants.keys()
+    assert "steps" not in titles, "the same in all rows"
+    assert "distance to the teacher's samples" not in titles
+    assert {row["changes"] for row in rows} == {"batch_size=4", "batch_size=32"}
     plans = [json.loads((tmp_path / f"out/{n}/plan.json").read_text()) for n in variants]
-    assert all(0.5 < plan["updates"] * plan["per_update"] <= 1 for plan in plans)
-    assert plans[0]["updates"] > plans[1]["updates"]
+    stages = [plan["stages"][0] for plan in plans]
+    assert all(0.5 < stage["updates"] * stage["seconds"] <= 1 for stage in stages)
+    assert stages[0]["updates"] > stages[1]["updates"]
     monkeypatch.setattr(train, "main", lambda command: 1 / 0)
-    assert experiments.main(small_base) == 0, "nothing is trained twice"
+    assert run_sweep("experiments", variants=variants) == 0, "nothing is trained twice"
     assert table.endswith(capsys.readouterr().out)
-    assert experiments.main([*small_base, "--count", "30"]) == 2, "not the same measure"
-    assert "of 20 samples of 2 steps" in capsys.readouterr().err
+    assert run_sweep("experiments", "--count", "30", variants=variants) == 2, "another measure"
+    assert "of 1 seconds, 20 samples, [2] steps" in capsys.readouterr().err
+    assert run_sweep("experiments", "--only", "middle", variants=variants) == 2
+    assert "take small, large" in capsys.readouterr().err
 
 
-def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
-    small_base, tmp_path, monkeypatch, capsys
-):
-    run = tmp_path / "run"
-    assert train.main(["--config_path", str(tmp_path / "tiny.yaml"), "--output", str(run)]) == 0
-    teacher = ["--teacher_model_checkpoint", str(run / "diffusion-4.pt")]
-    assert distill.main([*teacher, "--output", str(tmp_path / "ladder")]) == 0
-    monkeypatch.setattr(stages, "VARIANTS", {"rate5": [], "b8": ["distillation.batch_size=8"]})
-    monkeypatch.setattr(stages, "HELD_OUT", 200)
-    given = [a for a in small_base if a not in ("--steps", "2")]
-    given += ["--checkpoint", str(tmp_path / "ladder" / "student-4.pt")]
-    capsys.readouterr()
-    assert stages.main(given) == 0
-    table = capsys.readouterr().out
-    assert "| b8 | batch_size=8 | " in table
-    told = json.loads((tmp_path / "out/b8/agreement.json").read_text())
-    assert f" | {told['distance']:.5f} | {told['loss']:.6f} | " in table
-    assert told["distance"] > 0
-    plans = [json.loads((tmp_path / f"out/{n}/plan.json").read_text()) for n in ("rate5", "b8")]
-    assert plans[0]["updates"] < plans[1]["updates"]
-    teacher_path = tmp_path / "ladder" / "student-4.pt"
-    trained = stages.held_out_loss(tmp_path / "out/b8/student-2.pt", teacher_path)
-    copied = tmp_path / "copied.pt"
-    save_checkpoint(copied, replace(load_checkpoint(teacher_path), num_steps=2))
-    assert trained < stages.held_out_loss(copied, teacher_path), "its teacher's own weights"
-    monkeypatch.setattr(distill, "main", lambda command: 1 / 0)
-    assert stages.main(given) == 0, "nothing is distilled twice"
-    given[-1] = str(copied)  # of other weights than those that the folder's students come from
-    save_checkpoint(copied, replace(load_checkpoint(tmp_path / "out/b8/student-2.pt"), num_steps=4))
-    assert stages.main(given) == 2
-    assert "plan.json: planned for another checkpoint" in capsys.readouterr().err
-    given[-1] = str(run / "diffusion-4.pt")
-    assert stages.main(given) == 2
-    assert "not a student of an even number of steps" in capsys.readouterr().err
-
-
-def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, capsys):
-    monkeypatch.setattr(ablation, "OUTPUTS", ("x", "v"))
-    monkeypatch.setattr(ablation, "WEIGHTS", ("snr_trunc",))
-    monkeypatch.setattr(ablation, "REPEATED", 1)
+def test_an_ablation_has_every_cell_and_the_best_twice(run_sweep, monkeypatch, capsys):
+    variants = {name: [f"diffusion.prediction={name}"] for name in ("x", "v")}
     trained = train.main
 
     def diverging(command):
@@ -145,19 +142,95 @@ def test_an_ablation_has_every_cell_and_the_best_twice(small_base, monkeypatch, 
         return 2
 
     monkeypatch.setattr(train, "main", diverging)
-    assert ablation.main(small_base) == 0
+    assert run_sweep("ablation", variants=variants, repeated=1) == 0
     table = capsys.readouterr().out
-    assert "| x | diverged |" in table
-    row, course = [line for line in table.splitlines() if line.startswith("| v |")]
-    assert row.count(" / ") == 2, "DDIM / ancestral, of two seeds"
-    assert row.count(";") == 1
-    assert row.count(" ± ") == 4, "each with its interval"
-    assert course.count(" -> ") == 1
+    assert "| x | prediction=x | diverged |" in table
+    _, rows = cells(table)
+    found = sorted((row["variant"], row["sampler"]) for row in rows if "Frechet distance" in row)
+    twice = [(name, sampler) for name in ("v", "v-again") for sampler in ("ancestral", "ddim")]
+    assert [row for row in found if row[0] != "x"] == twice
+    assert table.count(" ± ") == table.count(" -> ") - 1 == 4, "distances, and losses beside them"
 
 
-def test_the_error_of_each_step_is_told(small_base, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert train.main(["--config_path", str(tmp_path / "tiny.yaml"), "--output", str(run)]) == 0
+def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
+    run_sweep, teacher, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(measures, "HELD_OUT", 200)
+    variants = {"rate5": [], "b8": ["distillation.batch_size=8"]}
+    given = ["stages", "--checkpoint", str(teacher)]
+    capsys.readouterr()
+    assert run_sweep(*given, variants=variants) == 0
+    _, rows = cells(capsys.readouterr().out)
+    assert {row["variant"] for row in rows} == variants.keys()
+    assert all(float(row["distance to the teacher's samples"]) > 0 for row in rows)
+    losses = {row["variant"]: float(row["loss on test images"]) for row in rows}
+    seen = {row["variant"]: int(row["images seen"].replace(",", "")) for row in rows}
+    calls = {row["variant"]: int(row["network calls"].replace(",", "")) for row in rows}
+    assert all(calls[name] == 3 * seen[name] for name in variants), "the student's and two legs'"
+    copied = replace(load_checkpoint(tmp_path / "out/b8/student-2.pt"))
+    untrained = replace(copied, model=load_checkpoint(teacher).model)
+    measurer = measures.Measurer(SWEEPS["stages"], teacher, 20, tmp_path / "out")
+    assert losses["b8"] < measurer.held_out_loss(untrained), "its teacher's own weights"
+    monkeypatch.setattr(distill, "main", lambda command: 1 / 0)
+    assert run_sweep(*given, variants=variants) == 0, "nothing is distilled twice"
+    given[-1] = str(tmp_path / "copied.pt")  # of other weights than those of the teacher
+    save_checkpoint(tmp_path / "copied.pt", replace(copied, grid=load_checkpoint(teacher).grid))
+    capsys.readouterr()
+    assert run_sweep(*given, variants=variants) == 2
+    assert "plan.json: made for other teacher" in capsys.readouterr().err
+    assert run_sweep("stages", variants=variants) == 2
+    assert "--checkpoint: missing" in capsys.readouterr().err
+
+
+def test_methods_are_compared_at_every_step_count(run_sweep, teacher, tmp_path, capsys):
+    common = [item for item in SWEEPS["methods"].common if "batch_size" not in item]
+    average = ["distillation.ema_decay=0.999"]
+    variants = {
+        "progressive": ["distillation.ladder=[4,2,1]", "distillation.updates_per_stage=[1,2]"],
+        "adaptive": ["distillation.ladder=[4,1]", "distillation.grid=adaptive"],
+        "consistency": ["distillation.ladder=[4,1]", "distillation.method=consistency", *average],
+    }
+    values = {"common": common, "variants": variants, "steps": (2, 1)}
+    capsys.readouterr()
+    assert run_sweep("methods", "--checkpoint", str(teacher), **values) == 0
+    _, rows = cells(capsys.readouterr().out)
+    assert {(row["variant"], row["steps"]) for row in rows} == {
+        *(("progressive", n) for n in "21"),
+        ("adaptive", "1"),
+        *(("consistency", n) for n in "21"),
+    }
+    for row in rows:
+        assert float(row["distance to the teacher's samples"]) > 0
+        compared = row["less that of progressive"]
+        assert ("±" in compared) == (row["variant"] != "progressive")
+    of = {(row["variant"], row["steps"]): row for row in rows}
+
+    def calls_of(*key):
+        row = of[key]
+        values = (row[title].replace(",", "") for title in ("network calls", "images seen"))
+        calls, images = map(int, values)
+        return calls / images
+
+    assert calls_of("progressive", "2") == calls_of("progressive", "1") == 3
+    assert calls_of("adaptive", "1") == 5
+    assert calls_of("consistency", "1") == 3
+    stages = json.loads((tmp_path / "out/progressive/plan.json").read_text())["stages"]
+    assert stages[1]["updates"] == pytest.approx(2 * stages[0]["updates"], abs=1)
+
+
+def test_a_paired_difference_has_the_interval_of_the_jackknife():
+    values = torch.randn(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    without = (values.sum() - values) / 9  # means, for which the jackknife is exact
+    row = {"frechet": values.mean().item() + 1, "without": (without + 1).tolist()}
+    told = sweep.difference(row, {"frechet": 0.0, "without": [1.0] * 10})
+    error = values.std() / 10**0.5
+    assert told == f"{values.mean() + 1:+.2f} ± {2.262 * error:.2f}"
+
+
+def test_the_error_of_each_step_is_told(few_real_images, tmp_path, capsys):
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(tiny()))
+    assert train.main(["--config_path", str(config), "--output", str(run)]) == 0
     base = run / "diffusion-4.pt"
     ladder = tmp_path / "ladder"
     command = ["--teacher_model_checkpoint", str(base), "--output", str(ladder)]
@@ -175,5 +248,7 @@ def test_the_error_of_each_step_is_told(small_base, tmp_path, capsys):
     assert "not a student of" in capsys.readouterr().err
     copied = tmp_path / "copied.pt"
     teacher = load_checkpoint(ladder / "student-4.pt")
-    save_checkpoint(copied, replace(teacher, num_steps=8))
-    assert steps.main(["--checkpoint", given[1], "--teacher", str(copied)]) == 2
+    for num_steps, code in ((8, 0), (3, 2)):  # its grid has the student's levels, or not
+        grid = uniform_grid(build_schedule(teacher.config), num_steps)
+        save_checkpoint(copied, replace(teacher, grid=tuple(grid.tolist())))
+        assert steps.main([*given, str(copied), "--count", "8"]) == code

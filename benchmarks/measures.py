@@ -1,0 +1,169 @@
+"""What the checkpoints of a sweep are measured by."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.sweeps import Sweep
+from diffusion.losses import SQUARED_ERRORS
+from diffusion.objectives import distillation_objective
+from diffusion.paths import neighbours
+from evaluation import gallery
+from evaluation.features import Extractor, Features, make_extractor
+from evaluation.quality import frechet_distance, measure
+from pipeline.build import load_denoiser
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.codec import encode
+from pipeline.config import load_config
+from training.folder import kept_to_itself
+from training.metrics import read_metrics
+from utils.processes import World
+from utils.randomness import generator
+
+Rows = list[dict[str, Any]]
+JACKKNIFE = 10  # sets of noise
+HELD_OUT = 2000  # test images
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a variant, and what it took with all the students before it."""
+
+    path: Path
+    updates: int
+    images: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures the checkpoints of a sweep. teacher: file of the students' teacher, if any."""
+
+    sweep: Sweep
+    teacher: Path | None
+    count: int
+    output: Path
+
+    @cached_property
+    def taught_by(self) -> Checkpoint | None:
+        """The teacher's checkpoint."""
+        return None if self.teacher is None else load_checkpoint(self.teacher)
+
+    def rows(self, trained: Trained) -> Rows:
+        """What is measured of a checkpoint: a row for each way of sampling it."""
+        checkpoint = load_checkpoint(trained.path)
+        about = {
+            "parameters": sum(tensor.numel() for tensor in checkpoint.model.values()),
+            "updates": trained.updates,
+            "images": trained.images,
+            "calls": trained.calls,
+            "losses": losses_of(trained.path.parent) if self.teacher is None else [],
+            "held_out": self.held_out_loss(checkpoint) if self.sweep.held_out else None,
+        }
+        return [
+            {**about, "sampler": sampler, "steps": steps}
+            | self.quality(trained.path, checkpoint, sampler, steps)
+            for sampler, steps in ways_to_sample(self.sweep, checkpoint)
+        ]
+
+    def quality(
+        self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int
+    ) -> dict[str, Any]:
+        """The distances of samples to real images and to the teacher's from the same noise.
+
+        without: the Frechet distances without each of ten equal sets of the samples.
+        """
+        extract, reference = self.extractor
+        images = self.samples(path, checkpoint, sampler, steps)
+        features = extract(images)
+        quality = measure(features, reference)
+        sets = features.values[: self.count - self.count % JACKKNIFE].chunk(JACKKNIFE)
+        parts = [torch.cat([*sets[:n], *sets[n + 1 :]]) for n in range(JACKKNIFE)]
+        distance = None
+        if self.teacher is not None and self.taught_by is not None:
+            ladder = checkpoint.config.distillation.steps()
+            way = (self.taught_by.sampler or "ddim", self.taught_by.num_steps or ladder[0])
+            theirs = self.samples(self.teacher, self.taught_by, *way)
+            distance = (encode(images) - encode(theirs)).square().mean().item()
+        return {
+            "frechet": quality.frechet,
+            "interval": quality.frechet_interval,
+            "without": [frechet_distance(part, reference.values) for part in parts],
+            "confident": quality.confident,
+            "to_teacher": distance,
+        }
+
+    def samples(self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int) -> Tensor:
+        """Samples, drawn on the CPU; those of all checkpoints start from the same noise."""
+        where = "teacher" if path == self.teacher else path.parent.name
+        drawn = gallery.Gallery(self.output / "samples" / where, World(torch.device("cpu")), 0, 125)
+        with locked(self.output / "locks" / f"samples-{where}", wait=True):
+            return drawn.images(checkpoint, path, sampler, steps, self.count)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """The real images."""
+        teacher = self.taught_by
+        config = load_config(self.sweep.base or Path()) if teacher is None else teacher.config
+        return gallery.real_images(config).reference
+
+    @cached_property
+    def extractor(self) -> tuple[Extractor, Features]:
+        """The extractor of features, and those of the real images."""
+        extract = make_extractor("digits", torch.device("cpu"))
+        return extract, extract(self.real, "features of real images")
+
+    def held_out_loss(self, student: Checkpoint) -> float:
+        """The loss, weighted by max(1, SNR), on test images, with the same draws for all."""
+        teacher, cpu = self.taught_by or student, torch.device("cpu")
+        steps = student.config.distillation.steps()[0]
+        paths = neighbours(teacher.levels(steps), student.levels())
+        denoisers = [load_denoiser(one, self.output, cpu) for one in (student, teacher)]
+        legs = denoisers[1:] * (len(paths) - 1)
+        objective = distillation_objective(denoisers[0], legs, paths, SQUARED_ERRORS["snr_trunc"])
+        rng = generator("cpu", "held-out")
+        losses = []
+        with torch.no_grad():
+            for images in self.real[:HELD_OUT].split(100):
+                drawn = objective.draw(rng, images.shape)
+                losses.append(objective.loss(encode(images), {}, drawn)[0])
+        return torch.cat(losses).mean().item()
+
+
+def ways_to_sample(sweep: Sweep, checkpoint: Checkpoint) -> list[tuple[str, int]]:
+    """The samplers and step counts by which a checkpoint is measured.
+
+    A student is sampled in its own steps, one of consistency distillation in any number.
+    """
+    if checkpoint.num_steps is None:
+        return [(name, n) for name in sweep.samplers for n in sweep.steps]
+    sampler = checkpoint.sampler or "ddim"
+    own = sweep.steps if sampler == "consistency" else (checkpoint.num_steps,)
+    return [(sampler, n) for n in own if n in (sweep.steps or own)]
+
+
+def losses_of(folder: Path) -> list[float | None]:
+    """The mean loss of the updates 850 to 1,150, None without these, and of the last tenth."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    parts = losses[850:1150], losses[-max(1, len(losses) // 10) :]
+    return [statistics.mean(part) if part else None for part in parts]
+
+
+@contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Locks the folder among processes. Yields whether that succeeded, with wait always True."""
+    while True:
+        with kept_to_itself(folder) as alone:
+            if alone or not wait:
+                yield alone
+                return
+        time.sleep(5)

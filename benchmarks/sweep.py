@@ -1,0 +1,302 @@
+"""Compares variants of a recipe in equal CPU time: python -m benchmarks.sweep NAME.
+
+Each variant is trained by train.py or distill.py for as many updates as fit into the same CPU time
+of one thread (timed on a few updates of its own), and its samples are measured. Run the same
+command again to go on. Several processes may run it side by side: each takes a variant that no
+other one is working on.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distill
+import train
+from benchmarks.measures import JACKKNIFE, Measurer, Rows, Trained, locked
+from benchmarks.sweeps import SWEEPS, Sweep
+from benchmarks.timing import timed_stages
+from pipeline.checkpoint import digest
+from pipeline.config import Config, load_config
+from training.ladder import distillation_config
+from training.metrics import read_metrics
+from utils.command import (
+    GO_ON,
+    INTERRUPTED,
+    OK,
+    InputError,
+    Stopped,
+    parse,
+    path_name,
+    run_command,
+    say,
+    whole_number,
+)
+from utils.files import write_text
+
+STUDENT_T = 2.262  # of 95%, for ten sets
+AGAIN = "-again"  # ends the name of a variant's second run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line, trains and measures. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("name", choices=SWEEPS, help="; ".join(f"{name}: {s.about}" for name, s in SWEEPS.items()))
+    add("--only", nargs="+", metavar="VARIANT", help="some of the variants")
+    add("--checkpoint", type=path_name, metavar="TEACHER.pt", help="the teacher of all students")
+    add("--seconds", type=whole_number(1, 2**20), help="of CPU time for each variant")
+    add("--count", type=whole_number(20, 10**7), help="samples of each")
+    add("--output", type=path_name, metavar="DIR", help="by default output/NAME")
+    add("--table", action="store_true", help="only print what is known so far")
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    return run_command(lambda: compare(arguments), GO_ON)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Trains and measures the variants, the best ones with a second seed too; prints the table."""
+    torch.set_num_threads(1)
+    sweep = SWEEPS[arguments.name]
+    for name in arguments.only or ():
+        if name not in sweep.variants:
+            known = ", ".join(sweep.variants)
+            raise InputError(f"--only {name}: no variant of {arguments.name}; take {known}")
+    teacher = None if sweep.base else arguments.checkpoint or sweep.teacher
+    if not (sweep.base or teacher or arguments.table):
+        raise InputError(f"--checkpoint: missing; name the teacher of {arguments.name}")
+    bench = Bench(
+        sweep,
+        teacher,
+        arguments.seconds or sweep.seconds,
+        arguments.count or sweep.count,
+        arguments.output or Path("output") / arguments.name,
+    )
+    if not arguments.table:
+        wanted = arguments.only or list(sweep.variants)
+        for name in wanted:
+            bench.run(name, sweep.variants[name])
+        for name in bench.best(sweep.repeated):
+            if name in wanted:
+                bench.run(name + AGAIN, [*sweep.variants[name], "seed=1"])
+    say(table(sweep, bench.results()))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A sweep that runs. teacher: file of the students' teacher; None where base models train."""
+
+    sweep: Sweep
+    teacher: Path | None
+    seconds: int
+    count: int
+    output: Path
+
+    @cached_property
+    def measurer(self) -> Measurer:
+        """Measures what was trained."""
+        return Measurer(self.sweep, self.teacher, self.count, self.output)
+
+    # --- what is known ----------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, Any]:
+        """What a result depends on, beside the variant and the teacher."""
+        return {"seconds": self.seconds, "samples": self.count, "steps": list(self.sweep.steps)}
+
+    def result(self, name: str) -> Rows | None:
+        """The rows of a variant, none if its training diverged, None if it has not run."""
+        path = self.output / name / "result.json"
+        if not path.exists():
+            return None
+        result = json.loads(path.read_text())
+        if result["measure"] != self.measure():
+            was = ", ".join(f"{value} {key}" for key, value in result["measure"].items())
+            raise InputError(
+                f"{path}: of {was}; ask for the same (--seconds, --count), or give another --output"
+            )
+        return result["rows"]  # type: ignore[no-any-return]
+
+    def results(self) -> dict[str, Rows]:
+        """The rows of all variants that have run."""
+        names = [n for name in self.sweep.variants for n in (name, name + AGAIN)]
+        found = {name: self.result(name) for name in names}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+    def best(self, count: int) -> list[str]:
+        """The variants of the smallest distances, once all have run."""
+        known, names = self.results(), self.sweep.variants
+        if not all(name in known for name in names):
+            return []
+        trained = [name for name in names if known[name]]
+        return sorted(trained, key=lambda name: known[name][0]["frechet"])[:count]
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def run(self, name: str, changes: list[str]) -> None:
+        """Trains and measures a variant, unless it is known or another process works on it."""
+        with locked(self.output / "locks" / name, wait=False) as alone:
+            if not alone:
+                return
+            folder = self.output / name
+            trained = self.train(folder, changes)
+            if self.result(name) is None:
+                rows = [row for one in trained for row in self.measurer.rows(one)]
+                result = {"measure": self.measure(), "rows": rows}
+                write_text(folder / "result.json", json.dumps(result) + "\n")
+
+    def train(self, folder: Path, changes: list[str]) -> list[Trained]:
+        """Trains a variant to its end; returns its checkpoints, none if it diverged."""
+        given = self.overrides(changes)
+        stages = self.plan(folder, given)
+        updates = [stage["updates"] for stage in stages]
+        command = ["--output", str(folder), "--device", "cpu"]
+        if self.teacher is None:
+            main, files = train.main, [f"diffusion-{updates[0]}.pt"]
+            command += ["--config_path", str(self.sweep.base), "--set", *given]
+            command += [f"training.updates={updates[0]}", "training.checkpoint_every=1000000"]
+        else:
+            main, files = distill.main, [f"student-{stage['num_steps']}.pt" for stage in stages]
+            command += ["--teacher_model_checkpoint", str(self.teacher), "--set", *given]
+            command += [f"distillation.updates_per_stage={updates}"]
+        if not (folder / files[-1]).exists() and not (folder / "diverged").exists():
+            code = main(command)
+            if code == INTERRUPTED:
+                raise Stopped
+            if code != OK:
+                require_diverged(folder)
+                write_text(folder / "diverged", "")
+        if (folder / "diverged").exists():
+            return []
+        images = [stage["updates"] * stage["batch_size"] for stage in stages]
+        calls = [n * stage["calls"] for n, stage in zip(images, stages, strict=True)]
+        sums = zip(*map(accumulate, (updates, images, calls)), strict=True)
+        return [Trained(folder / file, *s) for file, s in zip(files, sums, strict=True)]
+
+    def overrides(self, changes: list[str]) -> list[str]:
+        """All values of the config that a variant sets. Students halve the steps by default."""
+        if self.measurer.taught_by is None:
+            return [*self.sweep.common, *changes]
+        ladder = ["distillation.ladder=null", "distillation.iterations=1"]
+        if (steps := self.measurer.taught_by.num_steps) is not None:
+            ladder.append(f"distillation.first_steps={max(1, steps // 2)}")
+        return [*ladder, "distillation.updates_per_stage=1", *self.sweep.common, *changes]
+
+    def plan(self, folder: Path, overrides: list[str]) -> Rows:
+        """The stages of a variant with the updates that fit into the time; kept in plan.json.
+
+        Stages share the time in proportion to the updates that the config gives them.
+        """
+        path = folder / "plan.json"
+        teacher = self.measurer.taught_by
+        weights = None if teacher is None else digest(teacher.weights)
+        made_for = {"seconds": self.seconds, "teacher": weights, "overrides": overrides}
+        if not path.exists():
+            stages = timed_stages(self.config(overrides), teacher, self.seconds / 30)
+            total = sum(stage["updates"] * stage["seconds"] for stage in stages)
+            for stage in stages:
+                stage["updates"] = max(1, int(stage["updates"] * self.seconds / total))
+            write_text(path, json.dumps({"made_for": made_for, "stages": stages}) + "\n")
+        plan = json.loads(path.read_text())
+        for key, value in made_for.items():
+            if plan["made_for"][key] != value:
+                raise InputError(f"{path}: made for other {key}; give another --output")
+        return plan["stages"]  # type: ignore[no-any-return]
+
+    def config(self, overrides: list[str]) -> Config:
+        """The config of a variant."""
+        if self.measurer.taught_by is None or self.teacher is None:
+            return load_config(self.sweep.base or Path(), overrides)
+        return distillation_config(self.measurer.taught_by, self.teacher, None, overrides)
+
+
+def require_diverged(folder: Path) -> None:
+    """Raises InputError unless a training ended because its gradients were not finite."""
+    path = folder / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
+    if not (lines and lines[-1].get("skipped")):
+        raise InputError(f"{folder}: training ended before its time")
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "sampler": lambda r: r["sampler"],
+    "steps": lambda r: str(r["steps"]),
+    "parameters": lambda r: f"{r['parameters']:,}",
+    "updates": lambda r: f"{r['updates']:,}",
+    "images seen": lambda r: f"{r['images']:,}",
+    "network calls": lambda r: f"{r['calls']:,}",
+    "loss around update 1,000 -> at the end": lambda r: " -> ".join(
+        _optional(loss, ".4f") for loss in r["losses"]
+    ),
+    "Frechet distance": lambda r: f"{r['frechet']:.2f} ± {r['interval']:.2f}",
+    "difference": lambda r: r.get("difference", ""),
+    "distance to the teacher's samples": lambda r: _optional(r["to_teacher"], ".5f"),
+    "loss on test images": lambda r: _optional(r["held_out"], ".6f"),
+    "more than 90% sure": lambda r: _optional(r["confident"], ".3f"),
+}
+ONLY_IF_VARIED = ("sampler", "steps", "parameters")
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(sweep: Sweep, results: dict[str, Rows]) -> str:
+    """All rows as Markdown, by steps and distance, without the columns that say nothing.
+
+    difference: of the distance from that of the variant compared with at as many steps.
+    """
+    known = {row["steps"]: row for row in results.get(sweep.compared_with, [])}
+    rows = [(name, row) for name, found in results.items() for row in found]
+    rows.sort(key=lambda pair: (-pair[1]["steps"], pair[1]["frechet"]))
+    for name, row in rows:
+        if row["steps"] in known and name != sweep.compared_with:
+            row["difference"] = difference(row, known[row["steps"]])
+    columns = {}
+    for title, cell in COLUMNS.items():
+        cells = [cell(row) for _, row in rows]
+        if any(cells) and (len(rows) == 1 or title not in ONLY_IF_VARIED or len(set(cells)) > 1):
+            shown = f"less that of {sweep.compared_with}" if title == "difference" else title
+            columns[shown] = cells
+    lines = [f"| variant | changes | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
+    for n, (name, _) in enumerate(rows):
+        cells = [column[n] for column in columns.values()]
+        lines.append(f"| {name} | {changes_of(sweep, name)} | {' | '.join(cells)} |")
+    for name in [name for name, found in results.items() if not found]:
+        lines.append(
+            f"| {name} | {changes_of(sweep, name)} | diverged |{' |' * (len(columns) - 1)}"
+        )
+    return "\n".join(lines)
+
+
+def difference(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """The difference of two distances over the same noise, with its 95% interval.
+
+    Jackknife over ten sets of noise (Efron 1982): se^2 = 9/10 sum_n (d_n - mean)^2, where d_n is
+    the difference without set n.
+    """
+    pairs = zip(row["without"], other["without"], strict=True)
+    without = [a - b for a, b in pairs]
+    error = (JACKKNIFE - 1) / JACKKNIFE**0.5 * statistics.stdev(without)
+    return f"{row['frechet'] - other['frechet']:+.2f} ± {STUDENT_T * error:.2f}"
+
+
+def changes_of(sweep: Sweep, name: str) -> str:
+    """What a variant changes, without the sections."""
+    changes = sweep.variants[name.removesuffix(AGAIN)]
+    seed = ["seed=1"] if name.endswith(AGAIN) else []
+    keys_and_values = [change.partition("=") for change in [*changes, *seed]]
+    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in keys_and_values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
