@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from models.unet import UNet
 from pipeline.build import build_dataset, build_denoiser
 from pipeline.checkpoint import digest, load_checkpoint
 from pipeline.config import make_config
+from pipeline.data import open_dataset
 from pipeline.network import build_network, build_schedule, load_weights
 from pipeline.sampling import SampleRequest
 from tests.toys import tiny
@@ -77,7 +79,7 @@ def main(script, *arguments):
 
 def write_config(path, name="progressive", **distillation):
     """A config of this ladder, with the classes of a guided one."""
-    values = tiny()
+    values = tiny(sampling={"steps": 8, "grid": 2})
     values["distillation"] = {**DISTILLATION, **LADDERS[name], **distillation}
     if name.startswith("guided"):
         values["model"] |= LABELS
@@ -93,6 +95,18 @@ def refused(capsys, script, *arguments):
     said = capsys.readouterr().err.strip().splitlines()
     assert [line for line in said if line.startswith("error: ")] == said[-1:]
     return said[-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_more_than_the_method():
+    """MNIST is read once, and no plots are drawn; other tests look at those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.build.open_dataset", cache(open_dataset))
+        patch.setattr("evaluation.curves.draw_loss_curve", lambda folder: None)
+        patch.setattr("evaluation.report.draw_pictures", lambda *arguments: None)
+        patch.setattr("evaluation.report.NUM_IMAGES", 2)
+        patch.setattr("evaluation.report.CHUNK", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
