@@ -418,7 +418,7 @@ WRONG = {  # what is asked for -> what the line says
     ),
     "no average": ({"ladder": [8, 4], "method": "tract"}, "ema_decay: the method tract"),
     "unknown method": ({"method": "regressive"}, "distillation.method: 'regressive' is not one of"),
-    "unknown loss": ({"losses": {"snr": 1.0}}, "distillation.losses: 'snr' is not one of"),
+    "unknown loss": ({"losses": {"lpips": 1.0}}, "distillation.losses: 'lpips' is not one of"),
     "unknown key": (
         {"student": {**SMALL, "chanels": 4}},
         "distillation.student.chanels: unknown key; did you mean channels?",
@@ -483,7 +483,7 @@ def test_a_student_that_takes_no_weight_cannot_be_guided(teachers, tmp_path, cap
 def test_a_student_of_the_same_teacher_at_other_steps_is_another_student(
     ladders, teachers, tmp_path, capsys
 ):
-    """A base model is taken at any steps, so that student-4.pt may be of 8 or of 12 of them."""
+    """A base model is taken at any steps: student-4.pt may be of 8 or of 12 of them."""
     folder, _ = ladders("pull")
     config = write_config(tmp_path / "tiny.yaml", "pull", ladder=[12, 4])
     command = ("--config_path", config, "--teacher_model_checkpoint", teachers["progressive"])
