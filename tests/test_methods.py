@@ -475,9 +475,14 @@ def test_a_student_that_takes_no_weight_cannot_be_guided(teachers, tmp_path, cap
     command = ("--config_path", config, "--teacher_model_checkpoint", teachers["guided"])
     few = ("--set", "distillation.updates_per_stage=1")
     assert main(distill, *command, "--output", tmp_path / "ladder", *few) == 0
-    draw = ("--checkpoint", tmp_path / "ladder" / "student-2.pt", "--guidance", 2)
+    student = tmp_path / "ladder" / "student-2.pt"
+    draw = ("--checkpoint", student, "--guidance", 2)
     line = refused(capsys, sample, *draw, "--output", tmp_path / "grid.png")
     assert "--guidance 2.0: this student does not take a guidance weight" in line
+    config = write_config(tmp_path / "tiny.yaml", "guided", ladder=[2, 1])
+    command = ("--config_path", config, "--teacher_model_checkpoint", student)
+    line = refused(capsys, distill, *command, "--output", tmp_path / "more")
+    assert "a student that takes no guidance weight" in line
 
 
 def test_a_student_of_the_same_teacher_at_other_steps_is_another_student(
