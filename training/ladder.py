@@ -40,7 +40,8 @@ def distillation_config(
             values["distillation"] = section | _part(section, where, first_steps, iterations)
     given = make_config(values, where)
     compared = ("seed", "model", "diffusion", "data")
-    ignored = [k for k in differences(teacher.config, given, compared) if k not in FREE_KEYS]
+    free = FREE_KEYS | {"model.guidance"}  # it follows from distillation.guidance
+    ignored = [k for k in differences(teacher.config, given, compared) if k not in free]
     unread = [item.partition("=")[0] for item in overrides]
     ignored += [key for key in unread if key.split(".")[0] in ("output", "training")]
     if ignored:
@@ -58,13 +59,31 @@ def distillation_config(
     sections = {name: getattr(given, name) for name in ("distillation", "sampling", "engine")}
     config = teacher.config.model_copy(update={**sections, "data": data})
     config = make_config(config.model_dump(mode="json"), where)
-    guides = teacher.config.model.guidance or teacher.config.training.label_dropout
-    if config.distillation.guidance is not None and not guides:
-        raise InputError(
-            f"{teacher_path}: never saw images without their class, so nothing can be guided "
-            "(distillation.guidance); train it with training.label_dropout, e.g. 0.1"
-        )
+    _require_guidance(teacher, teacher_path, config.distillation)
     return config
+
+
+def _require_guidance(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:
+    """Raises InputError unless teacher and students agree on the guidance weight."""
+    if teacher.config.model.guidance:
+        if ladder.guidance is None:
+            low, high = teacher.config.distillation.guidance or (0.0, 4.0)
+            raise InputError(
+                f"{path}: takes the guidance weight, and so do its students; give its range "
+                f"(distillation.guidance, e.g. [{low}, {high}])"
+            )
+    elif ladder.guidance is not None and (
+        teacher.kind == "student" or not teacher.config.training.label_dropout
+    ):
+        what = (
+            "a student that takes no guidance weight"
+            if teacher.kind == "student"
+            else ("never saw images without their class")
+        )
+        raise InputError(
+            f"{path}: {what}, so nothing can be guided (distillation.guidance); take a base model "
+            "trained with training.label_dropout, e.g. 0.1"
+        )
 
 
 def _part(

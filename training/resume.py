@@ -134,8 +134,11 @@ def require_same_stage(path: Path, stored: Checkpoint, start: Checkpoint, stage:
             free.add("training.updates")
         sections.append("training")
     else:
-        free |= {f"distillation.{key}" for key in ("first_steps", "iterations", "ladder")}
-        before = [s for s in student_stages(stored.config) if s.num_steps == stage.num_steps]
+        jump = (stage.teacher_steps, stage.num_steps)
+        stages = student_stages(stored.config)
+        before = [s for s in stages if (s.teacher_steps, s.num_steps) == jump]
+        if before:  # other students than this one may differ
+            free |= {f"distillation.{key}" for key in ("first_steps", "iterations", "ladder")}
         if any(all(s.own(key) == stage.own(key) for key in PER_STAGE) for s in before):
             free |= {f"distillation.{key}" for key in PER_STAGE}
         sections.append("distillation")
