@@ -4,15 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import (
-    InputError,
-    add_common_arguments,
-    parse,
-    path_name,
-    run_command,
-    say,
-    to_go_on,
-)
+from utils.command import GO_ON, InputError, add_common_arguments, path_name, run_script, say
 
 DESCRIPTION = """\
 Distil a model into fewer sampling steps: each stage copies its teacher into a student that learns
@@ -39,10 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         "--distillation_iterations", type=int, metavar="N", help="stages; each halves the steps"
     )
     add_common_arguments(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: distill(arguments), to_go_on(arguments.restart))
+    return run_script(parser, argv, distill, GO_ON)
 
 
 def distill(arguments: argparse.Namespace) -> None:
@@ -50,7 +39,8 @@ def distill(arguments: argparse.Namespace) -> None:
     from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
     from pipeline.build import build_dataset
-    from pipeline.checkpoint import load_checkpoint, require_name
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint_checks import require_name
     from training.folder import open_folder, require_same_ladder
     from training.ladder import distillation_config
     from training.loop import rows_of_process

@@ -9,9 +9,8 @@ from utils.command import (
     SEED,
     InputError,
     add_device_argument,
-    parse,
     path_name,
-    run_command,
+    run_script,
     say,
     whole_number,
 )
@@ -44,10 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch_size", type=size, default=125, metavar="B", help="images at a time (125)")
     add("--output", type=file, default=Path("output/evaluation"), metavar="DIR")
     add_device_argument(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: evaluate(arguments), KEPT)
+    return run_script(parser, argv, evaluate, KEPT)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -4,15 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import (
-    InputError,
-    add_device_argument,
-    parse,
-    path_name,
-    run_command,
-    say,
-    whole_number,
-)
+from utils.command import InputError, add_device_argument, path_name, run_script, say, whole_number
 
 DESCRIPTION = """\
 Draw samples from a checkpoint, which knows its network, its sampler and its steps. Without --count:
@@ -42,10 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--sampler", help="ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++")
     add("--clip", action=argparse.BooleanOptionalAction, help="clip x_hat to [-1, 1] at each step")
     add_device_argument(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: sample(arguments))
+    return run_script(parser, argv, sample)
 
 
 def sample(arguments: argparse.Namespace) -> None:

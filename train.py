@@ -5,15 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from utils.command import (
-    InputError,
-    add_common_arguments,
-    parse,
-    path_name,
-    run_command,
-    say,
-    to_go_on,
-)
+from utils.command import GO_ON, InputError, add_common_arguments, path_name, run_script, say
 
 DESCRIPTION = """\
 Train a diffusion model as a YAML file says. Writes diffusion-<update>.pt and a grid of samples
@@ -32,17 +24,15 @@ def main(argv: list[str] | None = None) -> int:
         "has one) instead of random ones; give it again to go on",
     )
     add_common_arguments(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: train(arguments), to_go_on(arguments.restart))
+    return run_script(parser, argv, train, GO_ON)
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains the base model to its last update, from its newest checkpoint if there is one."""
     from evaluation.curves import draw_loss_curve
     from pipeline.build import build_dataset
-    from pipeline.checkpoint import load_checkpoint, require_name
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
     from training.folder import open_folder
     from training.loop import rows_of_process

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pipeline.codec import encode
 from pipeline.data import fit, read_mnist
-from utils.command import InputError, parse, path_name, run_command, say, whole_number
+from utils.command import InputError, path_name, run_script, say, whole_number
 from utils.files import atomic_write
 from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
@@ -74,14 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     output = Path("output") / WEIGHTS.name
     parser.add_argument("--output", type=path_name, default=output, metavar="FILE.safetensors")
     parser.add_argument("--epochs", type=whole_number(1, 2**20), default=EPOCHS)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: train_and_write(arguments.root, arguments.output, arguments.epochs))
+    return run_script(parser, argv, train_and_write)
 
 
-def train_and_write(root: Path, output: Path, epochs: int) -> None:
-    """Trains on the first 50,000 images and says how well the test set is recognised."""
+def train_and_write(arguments: argparse.Namespace) -> None:
+    """Trains on the first 50,000 images, writes the weights and prints the accuracy."""
+    root, output, epochs = arguments.root, arguments.output, arguments.epochs
     images, labels = read_mnist(root / "mnist")
     images = fit(images[:, None], 32, 1)
     network = train(images[:TRAINED_ON], labels[:TRAINED_ON], epochs)

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter
 
 from evaluation.quality import Quality
-from utils.command import InputError, printable
+from utils.command import InputError
 from utils.files import atomic_write, require_regular_file, write_text
+from utils.terminal import printable
 
 FLOOR = "real images"
 DISTILLED = ": distilled"

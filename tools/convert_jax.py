@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.command import InputError, parse, path_name, run_command, say
+from utils.command import InputError, path_name, run_script, say
 from utils.files import require_regular_file
 
 if TYPE_CHECKING:
@@ -29,15 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--output", type=path_name, required=True, metavar="FILE.safetensors")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: convert(arguments))
+    return run_script(parser, argv, convert)
 
 
 def convert(arguments: argparse.Namespace) -> None:
     """Reads, checks every name and shape, and writes."""
-    from pipeline.checkpoint import Checkpoint, publish_checkpoint, require_name
+    from pipeline.checkpoint import Checkpoint, progressive_student, publish_checkpoint
+    from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
 
     if arguments.output.suffix != ".safetensors":
@@ -64,8 +62,8 @@ def convert(arguments: argparse.Namespace) -> None:
         config=config,
         update=int(update or 0),
         stage=0 if num_steps is None else 1,
-        num_steps=num_steps,
         model=model,
+        **(progressive_student(config, num_steps) if num_steps else {}),
     )
     publish_checkpoint(arguments.output, checkpoint, half=False)
     made_for = "a base model" if num_steps is None else f"a student of {num_steps} steps"

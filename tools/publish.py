@@ -3,9 +3,8 @@
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from utils.command import InputError, parse, path_name, run_command, say
+from utils.command import InputError, path_name, run_script, say
 
 DESCRIPTION = """\
 Write checkpoints as .safetensors that hold the weights to sample with and say what they are:
@@ -22,21 +21,17 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=path_name, required=True, metavar="DIR", help="files of the same name go"
     )
     parser.add_argument("--half", action="store_true", help="in float16: half as large")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(
-        lambda: publish(arguments.checkpoint, arguments.name, arguments.output, arguments.half)
-    )
+    return run_script(parser, argv, publish)
 
 
-def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
-    """Writes each checkpoint; a student goes on naming its teacher where that is among them."""
+def publish(arguments: argparse.Namespace) -> None:
+    """Writes each checkpoint. A student's lineage names its teacher as published, if it is."""
     from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint
 
+    name = arguments.name
     if not name.strip() or name[0] in ".-" or "/" in name or not name.isprintable():
         raise InputError(f"--name {name!r}: not what file names begin with; take e.g. mnist")
-    checkpoints = [load_checkpoint(path) for path in paths]
+    checkpoints = [load_checkpoint(path) for path in arguments.checkpoint]
     steps_of = [checkpoint.num_steps for checkpoint in checkpoints]
     if len(set(steps_of)) < len(steps_of):
         raise InputError("--checkpoint: two of them would have one name; publish each alone")
@@ -44,10 +39,10 @@ def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
     for checkpoint in sorted(checkpoints, key=lambda c: c.stage):
         steps = checkpoint.num_steps
         made_for = "teacher" if steps is None else f"{steps}-step{'' if steps == 1 else 's'}"
-        path = output / f"{name}-{made_for}.safetensors"
+        path = arguments.output / f"{name}-{made_for}.safetensors"
         teacher = checkpoint.lineage.get("teacher", "")
         lineage = {"teacher": renamed.get(teacher, teacher)} if teacher else {}
-        publish_checkpoint(path, replace(checkpoint, lineage=lineage), half)
+        publish_checkpoint(path, replace(checkpoint, lineage=lineage), arguments.half)
         renamed[digest(checkpoint.weights)] = digest(load_checkpoint(path).weights)
         say(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils.command import leads, printable
+from utils.terminal import leads, printable
 
 
 def progress_bar(
