@@ -1,4 +1,4 @@
-"""The curves of a run, from its metrics."""
+"""Draws the loss of a run from its metrics."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -10,9 +10,9 @@ from utils.files import atomic_write
 
 
 def draw_loss_curve(folder: Path) -> Path:
-    """Draws the loss over the updates, a curve a stage, from metrics.jsonl into loss.png.
+    """Plots metrics.jsonl into loss.png, a curve for each stage. Returns the picture's path.
 
-    Thin: every update; thick: the mean over a fiftieth of the stage. Returns the picture's path.
+    The thin line is the loss of every update, the thick one its mean over a fiftieth of the stage.
     """
     from matplotlib.figure import Figure
 

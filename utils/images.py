@@ -1,4 +1,4 @@
-"""Images at the edges: uint8 <-> the model's range, grids, PNG and GIF files."""
+"""Grids of images, and PNG and GIF files."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from utils.files import atomic_write
 
 
 def to_pillow(image: Tensor) -> Image.Image:
-    """One uint8 image (C, H, W) of 1 or 3 channels as a Pillow image."""
+    """Returns a uint8 image (C, H, W) of 1 or 3 channels as a Pillow image."""
     array = rearrange(image.cpu(), "c h w -> h w c").squeeze(-1).numpy()
     return Image.fromarray(array)
 
 
 def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """uint8 images (B, C, H, W) in rows of so many columns (by default a square), (C, H', W')."""
+    """Tiles uint8 images (B, C, H, W) into one (C, H', W'), by default about a square."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = images.new_zeros(rows * columns - len(images), *images.shape[1:])
@@ -29,10 +29,10 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tenso
 
 
 def by_class(images: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, int | None]:
-    """Images whose classes take turns, brought into a row for each; and how many columns that is.
+    """Sorts images drawn for the classes in turn, for a grid with one row for each class.
 
-    Those beyond the last whole turn are left out. Without classes, or of one alone, the images as
-    they are, and None.
+    Returns the images, without those of an incomplete last turn, and the number of columns. With
+    fewer than two classes: the images as they are, and None.
     """
     turns = len(images) // len(classes) if classes else 0
     if classes is None or len(classes) == 1 or not turns:
@@ -49,7 +49,7 @@ def save_png(path: Path, image: Tensor, scale: int = 1) -> None:
 
 
 def save_gif(path: Path, frames: Sequence[Tensor], scale: int = 2, milliseconds: int = 80) -> None:
-    """Writes uint8 images (C, H, W) as an animation that rests on its last frame."""
+    """Writes uint8 images (C, H, W) as an animation that pauses on its last frame."""
     images = [to_pillow(f.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for f in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
     with atomic_write(path) as file:
