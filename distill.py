@@ -1,4 +1,4 @@
-"""Distils a checkpoint into ever fewer steps: python distill.py --teacher_model_checkpoint F.pt."""
+"""Distils a checkpoint into fewer steps: python distill.py --teacher_model_checkpoint F.pt."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         "--config_path",
         type=path_name,
         metavar="FILE.yaml",
-        help="of it distillation, sampling, engine, data.root and data.workers are read",
+        help="its distillation, sampling, engine, data.root and data.workers are used",
     )
     parser.add_argument(
         "--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps"
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def distill(arguments: argparse.Namespace) -> None:
-    """Goes down the ladder, stage by stage, from where an earlier run stopped if there is one."""
+    """Distils the ladder stage by stage, or goes on where an earlier run was stopped."""
     from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
     from pipeline.build import build_dataset

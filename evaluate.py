@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Draws all images first, then measures them and writes the tables."""
+    """Draws all images, then measures them and writes the tables."""
     from evaluation.comparison import (
         draw_all,
         known_results,

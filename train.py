@@ -8,8 +8,9 @@ from pathlib import Path
 from utils.command import GO_ON, InputError, add_common_arguments, path_name, run_script, say
 
 DESCRIPTION = """\
-Train a diffusion model as a YAML file says. Writes diffusion-<update>.pt and a grid of samples
-every training.checkpoint_every updates and at the end; run the same command again to go on."""
+Train the diffusion model that a YAML file describes. Writes diffusion-<update>.pt and a grid of
+samples every training.checkpoint_every updates and at the end; run the same command again to go
+on after a stop."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,15 +21,15 @@ def main(argv: list[str] | None = None) -> int:
         "--initialise",
         type=path_name,
         metavar="FILE",
-        help="begin with the weights of a checkpoint (.pt or .safetensors; its average where it "
-        "has one) instead of random ones; give it again to go on",
+        help="start from the weights of a checkpoint (.pt or .safetensors; the average if it has "
+        "one) instead of random ones; give it again to go on",
     )
     add_common_arguments(parser)
     return run_script(parser, argv, train, GO_ON)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Trains the base model to its last update, from its newest checkpoint if there is one."""
+    """Trains the base model to its last update, or goes on from its newest checkpoint."""
     from evaluation.curves import draw_loss_curve
     from pipeline.build import build_dataset
     from pipeline.checkpoint import load_checkpoint
@@ -67,7 +68,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def next_command(arguments: argparse.Namespace, checkpoint: Path) -> str:
-    """How to distil what was trained: by the YAML, if it is the checkpoint's own."""
+    """Returns the command that distils the checkpoint, with its YAML unless --set changed it."""
     command = ["python", "distill.py", "--teacher_model_checkpoint", str(checkpoint)]
     if not arguments.set:
         command += ["--config_path", str(arguments.config_path)]

@@ -52,7 +52,7 @@ class DigitNetwork(nn.Module):
 
 
 def load_digit_network(device: torch.device, path: Path = WEIGHTS) -> DigitNetwork:
-    """Returns the frozen network, in eval mode. Raises InputError for missing or damaged weights."""
+    """Returns the frozen network. Raises InputError for missing or damaged weights."""
     network = DigitNetwork()
     try:
         network.load_state_dict(load_file(path))

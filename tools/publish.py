@@ -1,4 +1,4 @@
-"""Makes files for others: python -m tools.publish --checkpoint A.pt B.pt --name mnist."""
+"""Publishes checkpoints: python -m tools.publish --checkpoint A.pt B.pt --name mnist."""
 
 import argparse
 import sys
@@ -7,18 +7,22 @@ from dataclasses import replace
 from utils.command import InputError, path_name, run_script, say
 
 DESCRIPTION = """\
-Write checkpoints as .safetensors that hold the weights to sample with and say what they are:
-<name>-teacher of a base model, <name>-8-steps or <name>-1-step of a student. sample.py, distill.py
-and evaluate.py take them as they take their own."""
+Write checkpoints as self-describing .safetensors with the weights to sample from: <name>-teacher
+for a base model, <name>-8-steps or <name>-1-step for a student. sample.py, distill.py and
+evaluate.py take them like any other checkpoint."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and writes the files. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     parser.add_argument("--checkpoint", type=path_name, nargs="+", required=True, metavar="FILE.pt")
-    parser.add_argument("--name", required=True, help="what the files' names begin with")
+    parser.add_argument("--name", required=True, help="the first part of the files' names")
     parser.add_argument(
-        "--output", type=path_name, required=True, metavar="DIR", help="files of the same name go"
+        "--output",
+        type=path_name,
+        required=True,
+        metavar="DIR",
+        help="replaces files of the same name",
     )
     parser.add_argument("--half", action="store_true", help="in float16: half as large")
     return run_script(parser, argv, publish)
