@@ -53,11 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Draws all images, then measures them and writes the tables."""
-    from evaluation.comparison import (
-        draw_all,
-        known_results,
-        measure_all,
-    )
+    from evaluation.comparison import draw_all, known_results, measure_all
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
     from evaluation.jobs import plan_jobs, require_different_names, require_same_data

@@ -11,19 +11,17 @@ DESCRIPTION = """\
 Train the diffusion model that a YAML file describes. Writes diffusion-<update>.pt and a grid of
 samples every training.checkpoint_every updates and at the end; run the same command again to go
 on after a stop."""
+INITIALISE = """\
+start from the weights of a checkpoint (.pt or .safetensors; the average if it has one) instead of
+random ones; give it again to go on"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains. Returns the exit code: 0, 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
-    parser.add_argument(
-        "--initialise",
-        type=path_name,
-        metavar="FILE",
-        help="start from the weights of a checkpoint (.pt or .safetensors; the average if it has "
-        "one) instead of random ones; give it again to go on",
-    )
+    add = parser.add_argument
+    add("--config_path", type=path_name, required=True, metavar="FILE.yaml")
+    add("--initialise", type=path_name, metavar="FILE", help=INITIALISE)
     add_common_arguments(parser)
     return run_script(parser, argv, train, GO_ON)
 

@@ -60,9 +60,9 @@ class Comparison:
             "digest": digest(self.real.reference),
             "features": self.extract.identity,
         }
-        if logits is not None:
-            about |= {"confident": confident_share(logits), "classes": class_shares(logits)}
-        return about
+        if logits is None:
+            return about
+        return about | {"confident": confident_share(logits), "classes": class_shares(logits)}
 
     def floor(self, count: int) -> Row:
         """Returns the row of real images against other real ones: the best a model can reach."""
@@ -72,11 +72,9 @@ class Comparison:
     def row_of_files(self, name: str, images: Images) -> Row:
         """Returns the row of images that were read from files."""
         features = self.extract(images)
-        quality = measure(features, self.reference)
+        row = Row(name, "images", "", None, measure(features, self.reference))
         pixels, nearness = self.memorised(images, features)
-        return Row(
-            name, "images", "", None, quality, memorised_pixels=pixels, memorised_features=nearness
-        )
+        return replace(row, memorised_pixels=pixels, memorised_features=nearness)
 
     def memorised(self, images: Images, features: Features) -> tuple[float | None, float | None]:
         """Returns the shares of samples very close to a training image, in pixels and features."""
@@ -259,10 +257,6 @@ def with_relations_of(before: Row, row: Row) -> Row:
     if row.to_teacher is None:
         row = replace(row, to_teacher=before.to_teacher, teachers_class=before.teachers_class)
     if (row.base_steps or 0) < (before.base_steps or 0):
-        row = replace(
-            row,
-            to_base=before.to_base,
-            same_class=before.same_class,
-            base_steps=before.base_steps,
-        )
+        base = {key: getattr(before, key) for key in ("to_base", "same_class", "base_steps")}
+        row = replace(row, **base)
     return row

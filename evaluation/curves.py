@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from training.metrics import read_metrics
-from utils.files import atomic_write
+from utils.images import save_figure
 
 
 def draw_loss_curve(folder: Path) -> Path:
@@ -34,6 +34,5 @@ def draw_loss_curve(folder: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    save_figure(path, figure)
     return path

@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion.samplers import make_sampler
 from evaluation.quality import NOISE_SETS
 from evaluation.results import Key, Row
 from pipeline.checkpoint import Checkpoint, digest
+from pipeline.sampling import require_sampler
 from pipeline.sections import DataConfig
 from utils.command import InputError
 
@@ -48,18 +48,13 @@ def plan_jobs(
     x images exceeds max_calls. Raises InputError if that leaves too few to measure.
     """
     for sampler in samplers:
-        try:
-            make_sampler(sampler)
-        except ValueError as error:
-            raise InputError(f"--sampler: {error}") from None
+        require_sampler(sampler)
     jobs = []
     for path, checkpoint in checkpoints.items():
-        own = checkpoint.num_steps
-        if own is not None:
-            pairs = [(checkpoint.sampler or "ddim", own)]
-        else:
-            wanted = steps or [checkpoint.config.sampling.steps]
-            pairs = [(sampler, n) for sampler in samplers for n in wanted]
+        wanted = steps or [checkpoint.config.sampling.steps]
+        pairs = [(sampler, n) for sampler in samplers for n in wanted]
+        if checkpoint.num_steps is not None:
+            pairs = [(checkpoint.sampler or "ddim", checkpoint.num_steps)]
         for sampler, n in pairs:
             size = count if max_calls is None else min(count, max_calls // n)
             if size < 2 * NOISE_SETS:
@@ -111,14 +106,10 @@ class Partners(NamedTuple):
         """Finds the partners of a job among all jobs."""
         teacher = next((other for other in jobs if _teaches(other, job)), None)
         bases = [other for other in jobs if _is_base_of(other, job)]
-
-        def nearness(other: Job) -> tuple[bool, int, int]:
-            same_run = other.checkpoint.name == job.checkpoint.name
-            return same_run, other.checkpoint.update, other.steps
-
-        base = max(bases, key=nearness, default=None)
-        alone = base is job or job.sampler != "ddim"
-        return cls(teacher, None if alone else base)
+        same_run = [other for other in bases if other.checkpoint.name == job.checkpoint.name]
+        longest = max(same_run or bases, key=lambda j: (j.checkpoint.update, j.steps), default=None)
+        alone = longest is job or job.sampler != "ddim"
+        return cls(teacher, None if alone else longest)
 
     def add_to(self, row: Row) -> bool:
         """Returns whether they add a relation that the earlier call which measured row lacked."""

@@ -14,8 +14,8 @@ from pipeline.codec import decode
 from training.ladder import reference_steps
 from training.stages import Run
 from utils.command import say
-from utils.files import atomic_write, write_text
-from utils.images import by_class, make_grid, save_png
+from utils.files import write_text
+from utils.images import by_class, make_grid, save_figure, save_png
 
 PICTURED_STEPS = 8  # comparison.png: teacher | teacher at 8 steps | student at 8 steps
 PICTURED_STAGES = (8, 4, 2, 1)
@@ -184,7 +184,7 @@ def draw_comparison(
         axes.set_axis_off()
     for axes, (title, images) in zip(places, grids, strict=False):
         _show(axes, make_grid(decode(images)), title)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def draw_ladder(
@@ -205,7 +205,7 @@ def draw_ladder(
     for axes, (title, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         _show(axes, make_grid(decode(images[:columns]), columns=columns), "")
         axes.text(-0.01, 0.5, title, transform=axes.transAxes, ha="right", va="center")
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _steps(count: int) -> str:
@@ -217,8 +217,3 @@ def _show(axes, image: Tensor, title: str) -> None:  # type: ignore[no-untyped-d
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title)
     axes.set_axis_off()
-
-
-def _save(path: Path, figure) -> None:  # type: ignore[no-untyped-def]
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 
 from evaluation.quality import Quality
 from utils.command import InputError
-from utils.files import atomic_write, require_regular_file, write_text
+from utils.files import require_regular_file, write_text
+from utils.images import save_figure
 from utils.terminal import printable
 
 FLOOR = "real images"
@@ -286,5 +287,4 @@ def draw_distances(path: Path, results: Results) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    save_figure(path, figure)

@@ -7,10 +7,11 @@ from torch import nn
 
 from diffusion.gaussian import Denoiser
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, EngineConfig
+from pipeline.config import Config
 from pipeline.data import Dataset, open_dataset
 from pipeline.engine import accelerated, allow_tf32, sampling_engine
 from pipeline.network import build_network, load_weights
+from pipeline.sections import EngineConfig
 from utils.command import InputError
 
 
@@ -22,10 +23,7 @@ def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> 
 
 
 def load_denoiser(
-    checkpoint: Checkpoint,
-    where: Path,
-    device: torch.device,
-    engine: EngineConfig | None = None,
+    checkpoint: Checkpoint, where: Path, device: torch.device, engine: EngineConfig | None = None
 ) -> Denoiser:
     """Returns a Denoiser with the checkpoint's frozen network.
 

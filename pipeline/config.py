@@ -9,13 +9,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.sections import PER_STAGE as PER_STAGE
 from pipeline.sections import DataConfig as DataConfig
-from pipeline.sections import DiffusionConfig as DiffusionConfig
+from pipeline.sections import DiffusionConfig, EngineConfig, SamplingConfig, TrainingConfig
 from pipeline.sections import DistillationConfig as DistillationConfig
-from pipeline.sections import EngineConfig as EngineConfig
 from pipeline.sections import ModelConfig as ModelConfig
 from pipeline.sections import Recipe as Recipe
-from pipeline.sections import SamplingConfig
-from pipeline.sections import TrainingConfig as TrainingConfig
 from pipeline.values import GridChoice as GridChoice
 from pipeline.values import PathName, Section
 from utils.command import InputError

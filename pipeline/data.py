@@ -31,16 +31,13 @@ class Dataset(Protocol):
     @property
     def num_images(self) -> int:
         """The number of images."""
-        ...
 
     @property
     def num_classes(self) -> int | None:
         """The number of classes; None without labels."""
-        ...
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
         """Yields the images and labels for each batch of indices."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import EngineConfig
+from pipeline.sections import EngineConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -61,10 +61,7 @@ class SampleRequest:
         sampling, own = checkpoint.config.sampling, checkpoint.num_steps
         if sampler is None:
             sampler = checkpoint.sampler or sampling.sampler
-        try:
-            make_sampler(sampler)
-        except ValueError as error:
-            raise InputError(f"--sampler: {error}") from None
+        require_sampler(sampler)
         if own and steps not in (None, own) and checkpoint.sampler == "ddim":
             warn(
                 f"this student was distilled for {own} steps: it learnt to jump between those "
@@ -164,6 +161,14 @@ class SampleRequest:
                 batches = [range(s, min(s + self.batch_size, parts[n].stop)) for s in starts]
                 yield parts[n], torch.cat([draw(batch).cpu() for batch in batches])
                 done.update(sum(len(part) for part in parts[n - rank : n - rank + size]))
+
+
+def require_sampler(name: str) -> None:
+    """Raises InputError unless there is a sampler of that name."""
+    try:
+        make_sampler(name)
+    except ValueError as error:
+        raise InputError(f"--sampler: {error}") from None
 
 
 def _require_guidable(weight: float, checkpoint: Checkpoint) -> None:

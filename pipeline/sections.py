@@ -194,7 +194,7 @@ class DistillationConfig(Recipe):
     pull: Annotated[float, Field(ge=0.0)] = 0.0
 
     @model_validator(mode="after")
-    def _ladder_exists(self) -> "DistillationConfig":
+    def _stages_fit(self) -> "DistillationConfig":
         counts = self.steps()[1:]
         length = f"the ladder has {len(counts)}" if self.ladder else f"iterations is {len(counts)}"
         for key in PER_STAGE:

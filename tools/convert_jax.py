@@ -25,10 +25,11 @@ a .safetensors file that sample.py, distill.py and evaluate.py take."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and converts. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("checkpoint", type=path_name, help="a msgpack file of the original")
-    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--output", type=path_name, required=True, metavar="FILE.safetensors")
+    add = parser.add_argument
+    add("checkpoint", type=path_name, help="a msgpack file of the original")
+    add("--config_path", type=path_name, required=True, metavar="FILE.yaml")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--output", type=path_name, required=True, metavar="FILE.safetensors")
     return run_script(parser, argv, convert)
 
 
@@ -37,6 +38,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import Checkpoint, progressive_student, publish_checkpoint
     from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
+    from pipeline.network import misfit
 
     if arguments.output.suffix != ".safetensors":
         raise InputError(f"--output {arguments.output}: give a name that ends in .safetensors")
@@ -50,7 +52,10 @@ def convert(arguments: argparse.Namespace) -> None:
         )
     resolutions = len(config.model.channel_multipliers)
     model = state_dict_of(weights, resolutions, arguments.checkpoint)
-    require_fit(model, config, arguments.checkpoint, arguments.config_path)
+    if wrong := misfit(model, config):
+        raise InputError(
+            f"{arguments.checkpoint}: not the network of {arguments.config_path}: {wrong}"
+        )
     update, steps = content.get("step"), content.get("num_sample_steps")
     for name, value, most in (("step", update, 2**31), ("num_sample_steps", steps, 2**20)):
         if not (value is None or (isinstance(value, int) and 0 <= value <= most)):
@@ -235,15 +240,6 @@ def state_dict_of(parameters: Parameters, resolutions: int, path: Path) -> State
                 f"{path}: its {key!r} is not a part of the paper's network as it should be"
             ) from None
     return state
-
-
-def require_fit(state: State, config: Any, path: Path, config_path: Path) -> None:
-    """Raises InputError if weights are missing, left over or of another shape."""
-    from pipeline.network import misfit
-
-    found = misfit(state, config)
-    if found:
-        raise InputError(f"{path}: not the network of {config_path}: {found}")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,11 @@ evaluate.py take them like any other checkpoint."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and writes the files. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--checkpoint", type=path_name, nargs="+", required=True, metavar="FILE.pt")
-    parser.add_argument("--name", required=True, help="the first part of the files' names")
-    parser.add_argument(
-        "--output",
-        type=path_name,
-        required=True,
-        metavar="DIR",
-        help="replaces files of the same name",
-    )
-    parser.add_argument("--half", action="store_true", help="in float16: half as large")
+    add = parser.add_argument
+    add("--checkpoint", type=path_name, nargs="+", required=True, metavar="FILE.pt")
+    add("--name", required=True, help="the first part of the files' names")
+    add("--output", type=path_name, required=True, metavar="DIR", help="replaces equal names")
+    add("--half", action="store_true", help="in float16: half as large")
     return run_script(parser, argv, publish)
 
 

@@ -145,25 +145,14 @@ def path_name(text: str) -> Path:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every script that trains, --device included."""
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set any value of the config, e.g. --set training.batch_size=64 model.channels=32",
-    )
-    parser.add_argument("--output", type=path_name, metavar="DIR", help="where the results go")
-    parser.add_argument(
-        "--restart",
-        action="store_true",
-        help="DELETE the checkpoints of an earlier run in the output folder and begin anew",
-    )
-    parser.add_argument(
-        "--print_config",
-        action="store_true",
-        help="print the whole config, checked, as YAML that --config_path reads, and stop",
-    )
+    add = parser.add_argument
+    example = "set any value of the config, e.g. --set training.batch_size=64 model.channels=32"
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=example)
+    add("--output", type=path_name, metavar="DIR", help="where the results go")
+    restart = "DELETE the checkpoints of an earlier run in the output folder and begin anew"
+    add("--restart", action="store_true", help=restart)
+    config = "print the whole config, checked, as YAML that --config_path reads, and stop"
+    add("--print_config", action="store_true", help=config)
     add_device_argument(parser)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -41,6 +42,12 @@ def by_class(images: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, int
     return rearrange(whole, "(n k) c h w -> (k n) c h w", k=len(classes)), turns
 
 
+def save_figure(path: Path, figure: Any) -> None:
+    """Writes a matplotlib figure as PNG."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
 def save_png(path: Path, image: Tensor, scale: int = 1) -> None:
     """Writes one uint8 image (C, H, W), each pixel scale x scale."""
     enlarged = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -53,11 +60,5 @@ def save_gif(path: Path, frames: Sequence[Tensor], scale: int = 2, milliseconds:
     images = [to_pillow(f.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for f in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
     with atomic_write(path) as file:
-        images[0].save(
-            file,
-            format="GIF",
-            save_all=True,
-            append_images=images[1:],
-            duration=durations,
-            loop=0,
-        )
+        later = images[1:]
+        images[0].save(file, "GIF", save_all=True, append_images=later, duration=durations, loop=0)
