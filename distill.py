@@ -1,56 +1,37 @@
-"""Distils a checkpoint into ever fewer steps: python distill.py --teacher_model_checkpoint F.pt."""
+"""Distils a checkpoint into fewer steps: python distill.py --teacher_model_checkpoint F.pt."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from utils.command import (
-    InputError,
-    add_common_arguments,
-    parse,
-    path_name,
-    run_command,
-    say,
-    to_go_on,
-)
+from utils.command import GO_ON, InputError, add_common_arguments, path_name, run_script, say
 
 DESCRIPTION = """\
 Distil a model into fewer sampling steps: each stage copies its teacher into a student that learns
 to do several of its steps in one. Writes student-<steps>.pt and a grid of samples for every stage,
 then a table and pictures of the ladder; run the same command again to go on."""
+CONFIG = "its distillation, sampling, engine, data.root and data.workers are used"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and distils. Returns the exit code: 0, 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument(
-        "--teacher_model_checkpoint", type=path_name, required=True, metavar="FILE.pt"
-    )
-    parser.add_argument(
-        "--config_path",
-        type=path_name,
-        metavar="FILE.yaml",
-        help="of it distillation, sampling, engine, data.root and data.workers are read",
-    )
-    parser.add_argument(
-        "--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps"
-    )
-    parser.add_argument(
-        "--distillation_iterations", type=int, metavar="N", help="stages; each halves the steps"
-    )
+    add = parser.add_argument
+    add("--teacher_model_checkpoint", type=path_name, required=True, metavar="FILE.pt")
+    add("--config_path", type=path_name, metavar="FILE.yaml", help=CONFIG)
+    add("--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps")
+    add("--distillation_iterations", type=int, metavar="N", help="stages; each halves the steps")
     add_common_arguments(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: distill(arguments), to_go_on(arguments.restart))
+    return run_script(parser, argv, distill, GO_ON)
 
 
 def distill(arguments: argparse.Namespace) -> None:
-    """Goes down the ladder, stage by stage, from where an earlier run stopped if there is one."""
+    """Distils the ladder stage by stage, or goes on where an earlier run was stopped."""
     from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
     from pipeline.build import build_dataset
-    from pipeline.checkpoint import load_checkpoint, require_name
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint_checks import require_name
     from training.folder import open_folder, require_same_ladder
     from training.ladder import distillation_config
     from training.loop import rows_of_process
@@ -79,8 +60,8 @@ def distill(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path(f"output/distilled/{name}")
     if base_path.parent.resolve() == output.resolve():
         raise InputError(
-            f"{base_path}: lies in {output}, where the results of its own run are; give another "
-            "folder for those of this ladder (--output)"
+            f"{base_path}: is in {output}, with the results of its own run; give another folder "
+            "for those of this ladder (--output)"
         )
     recipe = config.distillation
     with join_world(arguments.device) as world:

@@ -9,19 +9,18 @@ from utils.command import (
     SEED,
     InputError,
     add_device_argument,
-    parse,
     path_name,
-    run_command,
+    run_script,
     say,
     whole_number,
 )
 
 DESCRIPTION = """\
 Draw images from checkpoints, all from the same noise, and compare them with real ones. Writes
-results.md, .json, .csv and distances.png into the output folder, whose earlier rows stay; run the
+results.md, .json, .csv and distances.png into the output folder and keeps its earlier rows; run the
 same command again to go on after a stop."""
-COUNT = "images of each (5000), drawn by 125"
-CALLS = "fewer images where steps x images is more"
+COUNT = "images of each (5000)"
+CALLS = "draw fewer images if steps x images is more"
 WRITTEN = ("results.md", "results.json", "results.csv", "distances.png")
 KEPT = f"the images drawn so far are kept: {GO_ON}"
 
@@ -33,35 +32,31 @@ def main(argv: list[str] | None = None) -> int:
     size, file = whole_number(1, 2**20), path_name
     add("--checkpoint", type=file, nargs="+", default=[], metavar="FILE", help="models, students")
     add("--images", type=file, nargs="+", default=[], metavar="X", help="folders or .npz files")
-    add("--steps", type=size, nargs="+", metavar="N", help="of base models; a student has its own")
-    add("--sampler", nargs="+", default=["ddim"], metavar="NAME", help="of base models (ddim)")
+    add("--steps", type=size, nargs="+", metavar="N", help="for base models; a student has its own")
+    add("--sampler", nargs="+", default=["ddim"], metavar="NAME", help="for base models (ddim)")
     add("--count", type=whole_number(1, 10**7), default=5000, metavar="N", help=COUNT)
     add("--max_calls", type=whole_number(1, 2**63), metavar="M", help=CALLS)
-    add("--config_path", type=file, metavar="FILE.yaml", help="what --images are compared with")
-    add("--features", help="digits (of MNIST) or inception; by default what fits the data")
+    add(
+        "--config_path",
+        type=file,
+        metavar="FILE.yaml",
+        help="names the real images to compare with",
+    )
+    add("--features", help="digits (MNIST) or inception; by default the one that fits the data")
     add("--data_root", type=file, metavar="DIR", help="folder of the real images, if it has moved")
     add("--seed", type=SEED, default=0, help="of the noise (0)")
     add("--batch_size", type=size, default=125, metavar="B", help="images at a time (125)")
     add("--output", type=file, default=Path("output/evaluation"), metavar="DIR")
     add_device_argument(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: evaluate(arguments), KEPT)
+    return run_script(parser, argv, evaluate, KEPT)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Draws all images first, then measures them and writes the tables."""
-    from evaluation.comparison import (
-        draw_all,
-        known_results,
-        measure_all,
-        plan_jobs,
-        require_different_names,
-        require_same_data,
-    )
+    """Draws all images, then measures them and writes the tables."""
+    from evaluation.comparison import draw_all, known_results, measure_all
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
+    from evaluation.jobs import plan_jobs, require_different_names, require_same_data
     from evaluation.results import markdown, summary
     from pipeline.checkpoint import load_checkpoint
     from pipeline.config import load_config
@@ -90,10 +85,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
     )
     require_different_names(checkpoints, arguments.images)
-    foreign = {
+    files = {
         path.stem: read_images(path, data.image_size, data.channels) for path in arguments.images
     }
-    for name, images in foreign.items():
+    for name, images in files.items():
         if len(images) < 10:
             raise InputError(f"{name}: {len(images)} images; to measure takes at least 10")
     with join_world(arguments.device) as world:
@@ -103,12 +98,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
         real = real_images(config)
         make_folder(output)
-        known_results(output, extract, real)  # or refused, before hours of drawing
+        known_results(output, extract, real)  # raises InputError before hours of drawing
         draw_all(jobs, gallery)
         if not world.leads:
             return
         alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
-        results = measure_all(jobs, foreign, extract, real, alone, output)
+        results = measure_all(jobs, files, extract, real, alone, output)
     say("\n\n".join(["", markdown(results), summary(results)]).rstrip())
     written = [str(output / name) for name in WRITTEN if (output / name).exists()]
     drawn = f"; the images drawn are in {gallery.folder}" if jobs else ""

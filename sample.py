@@ -5,19 +5,19 @@ import sys
 from pathlib import Path
 
 from utils.command import (
+    SEED,
     InputError,
     add_device_argument,
-    parse,
     path_name,
-    run_command,
+    run_script,
     say,
     whole_number,
 )
 
 DESCRIPTION = """\
-Draw samples from a checkpoint, which knows its network, its sampler and its steps. Without --count:
-one picture, a grid. With --count: a folder of PNG files, or one .npz (arr_0, uint8, NHWC). A name
-that ends as other files do (.webp, .zip, ..) is refused; a folder may be called run.1."""
+Draw samples from a checkpoint, with the sampler and the steps it was made for. Without --count:
+one picture, a grid. With --count: a folder of PNG files, or one .npz (arr_0, uint8, NHWC). Names
+with the suffix of another file type (.webp, .zip, ..) are refused; a folder may be called run.1."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,30 +26,22 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--checkpoint", type=path_name, required=True, metavar="FILE.pt")
     count, size = whole_number(1, 2**31), whole_number(1, 2**20)
-    add("--count", type=count, metavar="N", help="how many images, as files instead of a grid")
+    add("--count", type=count, metavar="N", help="number of images, as files instead of a grid")
     add("--batch_size", type=size, default=64, metavar="B", help="images at a time (64)")
     add("--output", type=path_name, metavar="X", help="a .png (grid), a folder or a .npz (--count)")
-    add("--trajectory", action="store_true", help="also a GIF and a strip of the denoising")
-    add(
-        "--seed",
-        type=whole_number(-(2**63), 2**63),
-        default=0,
-        help="image k is a function of the seed and k (0)",
-    )
+    add("--trajectory", action="store_true", help="also write a GIF and a strip of the denoising")
+    add("--seed", type=SEED, default=0, help="image k is a function of the seed and k (0)")
     add("--labels", metavar="0,1,2", help="classes, in turn; --labels=-1: no class")
     add("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
     add("--steps", type=size, metavar="N", help="by default the checkpoint's own")
     add("--sampler", help="ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++")
     add("--clip", action=argparse.BooleanOptionalAction, help="clip x_hat to [-1, 1] at each step")
     add_device_argument(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: sample(arguments))
+    return run_script(parser, argv, sample)
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Draws what the command line asks for and writes it."""
+    """Draws and writes the images that the command line asks for."""
     from pipeline.build import load_denoiser
     from pipeline.checkpoint import load_checkpoint
     from pipeline.sample_files import write_folder, write_grid, write_npz

@@ -5,44 +5,33 @@ import shlex
 import sys
 from pathlib import Path
 
-from utils.command import (
-    InputError,
-    add_common_arguments,
-    parse,
-    path_name,
-    run_command,
-    say,
-    to_go_on,
-)
+from utils.command import GO_ON, InputError, add_common_arguments, path_name, run_script, say
 
 DESCRIPTION = """\
-Train a diffusion model as a YAML file says. Writes diffusion-<update>.pt and a grid of samples
-every training.checkpoint_every updates and at the end; run the same command again to go on."""
+Train the diffusion model that a YAML file describes. Writes diffusion-<update>.pt and a grid of
+samples every training.checkpoint_every updates and at the end; run the same command again to go
+on after a stop."""
+INITIALISE = """\
+start from the weights of a checkpoint (.pt or .safetensors; the average if it has one) instead of
+random ones; give it again to go on"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains. Returns the exit code: 0, 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
-    parser.add_argument(
-        "--initialise",
-        type=path_name,
-        metavar="FILE",
-        help="begin with the weights of a checkpoint (.pt or .safetensors; its average where it "
-        "has one) instead of random ones; give it again to go on",
-    )
+    add = parser.add_argument
+    add("--config_path", type=path_name, required=True, metavar="FILE.yaml")
+    add("--initialise", type=path_name, metavar="FILE", help=INITIALISE)
     add_common_arguments(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: train(arguments), to_go_on(arguments.restart))
+    return run_script(parser, argv, train, GO_ON)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Trains the base model to its last update, from its newest checkpoint if there is one."""
+    """Trains the base model to its last update, or goes on from its newest checkpoint."""
     from evaluation.curves import draw_loss_curve
     from pipeline.build import build_dataset
-    from pipeline.checkpoint import load_checkpoint, require_name
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
     from training.folder import open_folder
     from training.loop import rows_of_process
@@ -77,7 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def next_command(arguments: argparse.Namespace, checkpoint: Path) -> str:
-    """How to distil what was trained: by the YAML, if it is the checkpoint's own."""
+    """Returns the command that distils the checkpoint, with its YAML unless --set changed it."""
     command = ["python", "distill.py", "--teacher_model_checkpoint", str(checkpoint)]
     if not arguments.set:
         command += ["--config_path", str(arguments.config_path)]

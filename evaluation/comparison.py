@@ -1,23 +1,21 @@
-"""Checkpoints, samplers and step counts side by side: what is drawn, and what is measured of it."""
+"""Measures images against real ones and against those of other models, from the same noise."""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffusion.samplers import make_sampler
 from evaluation.features import Extractor, Features
 from evaluation.gallery import Gallery, RealImages
+from evaluation.jobs import Job, Partners
+from evaluation.jobs import plan_jobs as plan_jobs
 from evaluation.quality import (
     CONFIDENT,
     NEAREST,
-    NOISE_SETS,
     class_shares,
     confident_share,
     flat,
@@ -26,135 +24,20 @@ from evaluation.quality import (
     share_nearer,
 )
 from evaluation.results import FLOOR, Key, Results, Row, read_results, write_results
-from pipeline.checkpoint import Checkpoint, digest
+from pipeline.checkpoint import digest
 from pipeline.codec import encode
-from pipeline.config import DataConfig
 from utils.command import InputError, say
 from utils.images import make_grid, save_png
 
 Images = UInt8[Tensor, "n c h w"]
-PICTURED = 12  # samples beside their nearest training images
-
-
-@dataclass(frozen=True)
-class Job:
-    """Images to be drawn and measured. path: where the checkpoint lies."""
-
-    checkpoint: Checkpoint
-    path: Path
-    sampler: str
-    steps: int
-    count: int
-
-    @property
-    def key(self) -> Key:
-        """That of its row."""
-        return Key(self.checkpoint.name, self.path.stem, self.sampler, self.steps, self.count)
-
-    @property
-    def calls(self) -> int:
-        """Of the network, an image each."""
-        return self.steps * self.count
-
-
-def plan_jobs(
-    checkpoints: Mapping[Path, Checkpoint],
-    samplers: Sequence[str],
-    steps: Sequence[int] | None,
-    count: int,
-    max_calls: int | None,
-) -> list[Job]:
-    """A base model by each sampler at each step count, a student by DDIM at its own.
-
-    count: of the images; less where steps x images would be more than max_calls. Raises InputError
-    where too few are left to measure.
-    """
-    for sampler in samplers:
-        try:
-            make_sampler(sampler)
-        except ValueError as error:
-            raise InputError(f"--sampler: {error}") from None
-    jobs = []
-    for path, checkpoint in checkpoints.items():
-        own = checkpoint.num_steps
-        if own is not None:
-            pairs = [(checkpoint.sampler or "ddim", own)]
-        else:
-            wanted = steps or [checkpoint.config.sampling.steps]
-            pairs = [(sampler, n) for sampler in samplers for n in wanted]
-        for sampler, n in pairs:
-            size = count if max_calls is None else min(count, max_calls // n)
-            if size < 2 * NOISE_SETS:
-                raise InputError(
-                    f"--count, --max_calls: leave {size} images at {n} steps; "
-                    f"to measure takes at least {2 * NOISE_SETS}"
-                )
-            jobs.append(Job(checkpoint, path, sampler, n, size))
-    return jobs
-
-
-def require_same_data(checkpoints: Mapping[Path, Checkpoint], data: DataConfig) -> None:
-    """Raises InputError for a model of other images than those that it would be compared with."""
-
-    def of(data: DataConfig) -> str:
-        return f"{data.name}, {data.image_size}x{data.image_size}, {data.channels} channels"
-
-    for path, checkpoint in checkpoints.items():
-        own = checkpoint.config.data
-        if of(own) != of(data):
-            raise InputError(
-                f"{path}: makes images of {of(own)}, to be compared with {of(data)}; measure it "
-                "alone, without --config_path"
-            )
-
-
-def require_different_names(checkpoints: Mapping[Path, Checkpoint], images: Sequence[Path]) -> None:
-    """Raises InputError where two files would be one row."""
-    names = [f"{checkpoint.name}: {path.stem}" for path, checkpoint in checkpoints.items()]
-    names += [path.stem for path in images]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(
-            f"{twice}: two files of this name; rename one, or measure it in another folder"
-        )
-
-
-class Partners(NamedTuple):
-    """Whose images from the same noise a job's are compared with: its teacher's, the base model's.
-
-    The base model's are those of the most DDIM steps. None where there are no such.
-    """
-
-    teacher: Job | None
-    base: Job | None
-
-    @classmethod
-    def of(cls, job: Job, jobs: Sequence[Job]) -> "Partners":
-        """Looked for among the jobs."""
-        teacher = next((other for other in jobs if _teaches(other, job)), None)
-        bases = [other for other in jobs if _is_base_of(other, job)]
-
-        def nearness(other: Job) -> tuple[bool, int, int]:
-            same_run = other.checkpoint.name == job.checkpoint.name
-            return same_run, other.checkpoint.update, other.steps
-
-        base = max(bases, key=nearness, default=None)
-        alone = base is job or job.sampler != "ddim"
-        return cls(teacher, None if alone else base)
-
-    def tell_more_than(self, row: Row) -> bool:
-        """Whether an earlier call, which measured the row, knew less."""
-        has_classes = row.quality.classes is not None
-        untold = row.to_teacher is None or (has_classes and row.teachers_class is None)
-        new_teacher = self.teacher is not None and untold
-        return new_teacher or (self.base is not None and self.base.steps > (row.base_steps or 0))
+PICTURED = 12  # samples shown with their nearest training images
 
 
 class Comparison:
-    """Measures sets of images against the same real ones.
+    """Measures sets of images against the same real images.
 
-    extract: the frozen network; real: what is compared with; with_training: whether memorised
-    training images are looked for too.
+    extract: the frozen network; real: the real images; with_training: whether to look for memorised
+    training images too.
     """
 
     def __init__(self, extract: Extractor, real: RealImages, with_training: bool = True) -> None:
@@ -170,33 +53,31 @@ class Comparison:
             }
 
     def about_reference(self) -> dict[str, object]:
-        """What the real images themselves are like."""
+        """Returns what identifies and describes the real images, for results.json."""
         logits = self.reference.logits
         about: dict[str, object] = {
             "count": len(self.real.reference),
             "digest": digest(self.real.reference),
             "features": self.extract.identity,
         }
-        if logits is not None:
-            about |= {"confident": confident_share(logits), "classes": class_shares(logits)}
-        return about
+        if logits is None:
+            return about
+        return about | {"confident": confident_share(logits), "classes": class_shares(logits)}
 
     def floor(self, count: int) -> Row:
-        """Real images against others of their kind: what no model can be expected to beat."""
+        """Returns the row of real images against other real ones: the best a model can reach."""
         features = self.extract(self.real.floor[:count])
         return Row(FLOOR, "floor", "", None, measure(features, self.reference))
 
-    def foreign(self, name: str, images: Images) -> Row:
-        """Images from elsewhere."""
+    def row_of_files(self, name: str, images: Images) -> Row:
+        """Returns the row of images that were read from files."""
         features = self.extract(images)
-        quality = measure(features, self.reference)
+        row = Row(name, "images", "", None, measure(features, self.reference))
         pixels, nearness = self.memorised(images, features)
-        return Row(
-            name, "images", "", None, quality, memorised_pixels=pixels, memorised_features=nearness
-        )
+        return replace(row, memorised_pixels=pixels, memorised_features=nearness)
 
     def memorised(self, images: Images, features: Features) -> tuple[float | None, float | None]:
-        """The shares of samples suspiciously near to a training image, in pixels and features."""
+        """Returns the shares of samples very close to a training image, in pixels and features."""
         if self.real.training is None or self.training is None:
             return None, None
         near = {
@@ -205,14 +86,14 @@ class Comparison:
         }
         return tuple(share_nearer(near[key], self.real_nearest[key]) for key in near)  # type: ignore[return-value]
 
-    def drawn(self, job: Job, partners: "Partners", gallery: Gallery) -> Row:
-        """A job's row."""
+    def drawn(self, job: Job, partners: Partners, gallery: Gallery) -> Row:
+        """Returns the row of a job, whose images the gallery has or draws."""
         images = _images_of(job, gallery)
         features = self.extract(images)
         pixels, nearness = self.memorised(images, features)
 
         def against(other: Job | None) -> tuple[float | None, float | None]:
-            """The squared distance to another's images, the share of one class with them."""
+            """Returns squared distance and share of equal classes between both jobs' images."""
             if other is None:
                 return None, None
             theirs = _images_of(other, gallery)
@@ -243,7 +124,7 @@ class Comparison:
         )
 
     def draw_nearest(self, path: Path, images: Images) -> None:
-        """A picture: the samples nearest to a training image, and that image below each."""
+        """Writes a picture of the samples closest to a training image, with that image below."""
         if self.real.training is None:
             return
         distances, indices = nearest(flat(images[:NEAREST]), flat(self.real.training))
@@ -256,33 +137,17 @@ def _images_of(job: Job, gallery: Gallery) -> Images:
     return gallery.images(job.checkpoint, job.path, job.sampler, job.steps, job.count)
 
 
-def _teaches(other: Job, job: Job) -> bool:
-    """Whether the other's images are those that the job's student was taught to make."""
-    student = job.checkpoint
-    if student.kind != "student" or other.sampler != (other.checkpoint.sampler or "ddim"):
-        return False
-    ladder = student.config.distillation.steps()
-    steps = [teacher for teacher, own in pairwise(ladder) if own == job.steps]
-    return other.steps in steps and (
-        digest(other.checkpoint.weights) == student.lineage.get("teacher")
-    )
-
-
-def _is_base_of(other: Job, job: Job) -> bool:
-    """Whether the other's images are DDIM's of a base model of the same shape and data."""
-    a, b = other.checkpoint.config, job.checkpoint.config
-    same = (a.model, a.diffusion, a.data.name) == (b.model, b.diffusion, b.data.name)
-    return same and other.checkpoint.num_steps is None and other.sampler == "ddim"
-
-
 def squared_distance(a: UInt8[Tensor, "n c h w"], b: UInt8[Tensor, "m c h w"]) -> float:
-    """The mean squared distance of pixels in the model's range, over the images that both have."""
+    """Returns the mean squared distance of pixels in [-1, 1], over the images that both have."""
     size = min(len(a), len(b))
     return (encode(a[:size]) - encode(b[:size])).square().mean().item()
 
 
 def asked_share(logits: Float[Tensor, "n k"] | None, num_classes: int | None) -> float | None:
-    """The share of a conditional model's images, drawn for the classes in turn, that are theirs."""
+    """Returns the share of images that show the class which a conditional model was given.
+
+    Image n was drawn for class n mod num_classes. None if the classifier knows other classes.
+    """
     if logits is None or num_classes != logits.shape[1]:
         return None
     asked = torch.arange(len(logits)) % num_classes
@@ -290,13 +155,13 @@ def asked_share(logits: Float[Tensor, "n k"] | None, num_classes: int | None) ->
 
 
 def agreement(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> float:
-    """The share of images of one class in both, over those that both have."""
+    """Returns the share of images with the same most likely class in both."""
     size = min(len(a), len(b))
     return (a[:size].argmax(1) == b[:size].argmax(1)).float().mean().item()
 
 
 def say_of(row: Row) -> str:
-    """A row in words."""
+    """Returns a row in words."""
     q = row.quality
     steps = "" if row.steps is None else f", {row.sampler}, {row.steps} steps"
     sure = "" if q.confident is None else f", {q.confident:.1%} more than {CONFIDENT:.0%} sure"
@@ -310,7 +175,7 @@ def say_of(row: Row) -> str:
 
 
 def draw_all(jobs: Sequence[Job], gallery: Gallery) -> None:
-    """Draws the images of all jobs, the longest last, but for those that the gallery has."""
+    """Draws the images of all jobs that the gallery does not have yet, the longest job last."""
     total, done = sum(job.calls for job in jobs), 0
     for job in sorted(jobs, key=lambda j: j.calls):
         begun = time.perf_counter()
@@ -323,9 +188,9 @@ def draw_all(jobs: Sequence[Job], gallery: Gallery) -> None:
 
 
 def known_results(output: Path, extract: Extractor, real: RealImages) -> Results | None:
-    """What earlier calls have measured.
+    """Returns the results of earlier calls with this output folder, or None.
 
-    Raises InputError where that was by other features, or against other real images.
+    Raises InputError if they were measured with other features or against other real images.
     """
     before = read_results(output / "results.json")
     if before is None:
@@ -334,7 +199,7 @@ def known_results(output: Path, extract: Extractor, real: RealImages) -> Results
     if before.features != extract.name:
         other = f"by the features {before.features}"
     elif before.reference.get("features") != extract.identity:
-        other = f"by other weights of the features {extract.name}, or another use of them"
+        other = f"by other weights of the features {extract.name}, or by other preprocessing"
     elif before.reference.get("digest") != digest(real.reference):
         other = "against other real images"
     if other is not None:
@@ -344,15 +209,15 @@ def known_results(output: Path, extract: Extractor, real: RealImages) -> Results
 
 def measure_all(
     jobs: Sequence[Job],
-    foreign: Mapping[str, Images],
+    files: Mapping[str, Images],
     extract: Extractor,
     real: RealImages,
     gallery: Gallery,
     output: Path,
 ) -> Results:
-    """Measures what was drawn, and images from elsewhere; writes the tables after every row.
+    """Measures the images of jobs and of files, and writes the tables after every row.
 
-    A row that an earlier call has measured, of the same weights, is not measured again.
+    A row that an earlier call has measured, with the same weights, is not measured again.
     """
     comparison = Comparison(extract, real)
     about = comparison.about_reference()
@@ -366,16 +231,16 @@ def measure_all(
         results = results.with_rows([row])
         write_results(output, results)
 
-    for count in sorted({job.count for job in jobs} | {len(images) for images in foreign.values()}):
-        if count <= len(real.floor) and (floor_key(count), "") not in known:
+    for count in sorted({job.count for job in jobs} | {len(images) for images in files.values()}):
+        if count <= len(real.floor) and (Key("", FLOOR, "", 0, count), "") not in known:
             add(comparison.floor(count))
-    for name, images in foreign.items():
-        add(comparison.foreign(name, images))
+    for name, images in files.items():
+        add(comparison.row_of_files(name, images))
         comparison.draw_nearest(output / f"nearest-{name}.png", images)
     for job in jobs:
         row = known.get((job.key, gallery.key(job.checkpoint, job.sampler, job.steps)))
         partners = Partners.of(job, jobs)
-        if row is not None and partners.tell_more_than(row):
+        if row is not None and partners.add_to(row):
             add(with_relations_of(row, comparison.drawn(job, partners, gallery)))
         elif row is None:
             add(comparison.drawn(job, partners, gallery))
@@ -383,24 +248,15 @@ def measure_all(
         picture = output / f"nearest-{named}.png"
         if row is None or not picture.exists():
             comparison.draw_nearest(picture, _images_of(job, gallery))
-    write_results(output, results)  # where a stop came after the last row too
+    write_results(output, results)  # again, in case an earlier call was stopped here
     return results
 
 
 def with_relations_of(before: Row, row: Row) -> Row:
-    """The row, with what an earlier call knew of partners that are not here now."""
+    """Returns the row with the relations an earlier call measured to jobs that are missing now."""
     if row.to_teacher is None:
         row = replace(row, to_teacher=before.to_teacher, teachers_class=before.teachers_class)
     if (row.base_steps or 0) < (before.base_steps or 0):
-        row = replace(
-            row,
-            to_base=before.to_base,
-            same_class=before.same_class,
-            base_steps=before.base_steps,
-        )
+        base = {key: getattr(before, key) for key in ("to_base", "same_class", "base_steps")}
+        row = replace(row, **base)
     return row
-
-
-def floor_key(count: int) -> Key:
-    """The key of the floor's row."""
-    return Key("", FLOOR, "", 0, count)

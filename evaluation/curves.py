@@ -1,4 +1,4 @@
-"""The curves of a run, from its metrics."""
+"""Draws the loss of a run from its metrics."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from training.metrics import read_metrics
-from utils.files import atomic_write
+from utils.images import save_figure
 
 
 def draw_loss_curve(folder: Path) -> Path:
-    """Draws the loss over the updates, a curve a stage, from metrics.jsonl into loss.png.
+    """Plots metrics.jsonl into loss.png, a curve for each stage. Returns the picture's path.
 
-    Thin: every update; thick: the mean over a fiftieth of the stage. Returns the picture's path.
+    The thin line is the loss of every update, the thick one its mean over a fiftieth of the stage.
     """
     from matplotlib.figure import Figure
 
@@ -34,6 +34,5 @@ def draw_loss_curve(folder: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    save_figure(path, figure)
     return path

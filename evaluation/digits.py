@@ -1,8 +1,8 @@
 """A small classifier of MNIST digits, whose features measure samples: python -m evaluation.digits.
 
-Writes output/digits.safetensors. The weights beside this file are what that command wrote: trained
-on the first 50,000 images of MNIST's training set, so that the other 10,000 are, to it, as new as
-the test set is.
+Trains it and writes output/digits.safetensors; the weights beside this file were made so. It is
+trained on the first 50,000 images of MNIST's training set. The other 10,000 are as new to it as
+the test set.
 """
 
 import argparse
@@ -19,19 +19,19 @@ from torch.nn import functional as F
 
 from pipeline.codec import encode
 from pipeline.data import fit, read_mnist
-from utils.command import InputError, parse, path_name, run_command, say, whole_number
+from utils.command import InputError, path_name, run_script, say, whole_number
 from utils.files import atomic_write
 from utils.progress import progress_bar
 from utils.randomness import batch_indices, generator
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
-TRAINED_ON = 50_000  # of the 60,000 training images, the first
+TRAINED_ON = 50_000  # the first of the 60,000 training images
 NUM_FEATURES = 128
 SEED, EPOCHS, BATCH_SIZE, RATE = 0, 12, 100, 3e-3
 
 
 class DigitNetwork(nn.Module):
-    """Uint8-range digits, 32x32 -> 128 features and ten logits: six convolutions, averaged."""
+    """Digits (B, 1, 32, 32) -> 128 features and ten logits: six convolutions, then the mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class DigitNetwork(nn.Module):
 
 
 def load_digit_network(device: torch.device, path: Path = WEIGHTS) -> DigitNetwork:
-    """The frozen network with the weights of the repository, in eval mode."""
+    """Returns the frozen network. Raises InputError for missing or damaged weights."""
     network = DigitNetwork()
     try:
         network.load_state_dict(load_file(path))
@@ -64,7 +64,7 @@ def load_digit_network(device: torch.device, path: Path = WEIGHTS) -> DigitNetwo
     return network.to(device).eval().requires_grad_(False)
 
 
-# --- how the weights were made --------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,14 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     output = Path("output") / WEIGHTS.name
     parser.add_argument("--output", type=path_name, default=output, metavar="FILE.safetensors")
     parser.add_argument("--epochs", type=whole_number(1, 2**20), default=EPOCHS)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: train_and_write(arguments.root, arguments.output, arguments.epochs))
+    return run_script(parser, argv, train_and_write)
 
 
-def train_and_write(root: Path, output: Path, epochs: int) -> None:
-    """Trains on the first 50,000 images and says how well the test set is recognised."""
+def train_and_write(arguments: argparse.Namespace) -> None:
+    """Trains on the first 50,000 images, writes the weights and prints the accuracy."""
+    root, output, epochs = arguments.root, arguments.output, arguments.epochs
     images, labels = read_mnist(root / "mnist")
     images = fit(images[:, None], 32, 1)
     network = train(images[:TRAINED_ON], labels[:TRAINED_ON], epochs)
@@ -95,14 +93,14 @@ def train_and_write(root: Path, output: Path, epochs: int) -> None:
         file.write(save(network.state_dict(), about))
     say(
         f"written: {output}; recognised: {accuracies['test']:.2%} of the test images, "
-        f"{accuracies['held_out']:.2%} of the 10,000 training images that it was not trained on"
+        f"{accuracies['held_out']:.2%} of the 10,000 training images that it has not seen"
     )
 
 
 def train(
     images: UInt8[Tensor, "n 1 32 32"], labels: Int[Tensor, "n"], epochs: int
 ) -> DigitNetwork:
-    """Adam with a rate that rises and falls once, on slightly turned and moved digits."""
+    """Trains with AdamW and a one-cycle learning rate on slightly rotated and shifted digits."""
     torch.manual_seed(SEED)
     network = DigitNetwork()
     updates = epochs * (len(images) // BATCH_SIZE)
@@ -123,11 +121,11 @@ def train(
 
 
 def moved(x: Float[Tensor, "b 1 h w"], rng: torch.Generator) -> Float[Tensor, "b 1 h w"]:
-    """Each digit turned by up to 0.15 radians, scaled by up to 10% and moved by up to 2 pixels."""
+    """Rotates digits by up to 0.15 radians, scales by up to 10%, shifts by up to 2 pixels."""
     turn, scale, right, down = 2 * torch.rand(4, len(x), generator=rng) - 1
     angle, size = 0.15 * turn, 1 + 0.1 * scale
     cosine, sine = size * angle.cos(), size * angle.sin()
-    right, down = 4 * right / x.shape[-1], 4 * down / x.shape[-2]  # of a width that is 2
+    right, down = 4 * right / x.shape[-1], 4 * down / x.shape[-2]  # affine_grid's width is 2
     affine = torch.stack([cosine, -sine, right, sine, cosine, down], 1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -137,13 +135,13 @@ def moved(x: Float[Tensor, "b 1 h w"], rng: torch.Generator) -> Float[Tensor, "b
 def accuracy(
     network: DigitNetwork, images: UInt8[Tensor, "n 1 32 32"], labels: Int[Tensor, "n"]
 ) -> float:
-    """The share of the images that are taken for what they are."""
+    """Returns the share of images that are classified correctly."""
     found = [network(encode(part))[1].argmax(1) for part in images.split(500)]
     return (torch.cat(found) == labels).float().mean().item()
 
 
 def about_weights(path: Path = WEIGHTS) -> dict[str, str]:
-    """What the file says of how it was made."""
+    """Returns the header of the weights: seed, epochs and accuracy."""
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
 

@@ -1,4 +1,4 @@
-"""What images are compared by: the features of a frozen network."""
+"""The features of a frozen network, by which images are compared."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,22 +20,18 @@ BATCH_SIZE = 250
 
 
 class Features(NamedTuple):
-    """values: (N, D). logits: of the classes, (N, K), None where the network knows none of ours."""
+    """values: (N, D). logits: of the classes, (N, K); None if the network has other classes."""
 
     values: Float[Tensor, "n d"]
     logits: Float[Tensor, "n k"] | None
-
-    def first(self, count: int) -> "Features":
-        """Of the first images."""
-        return Features(self.values[:count], None if self.logits is None else self.logits[:count])
 
 
 @dataclass(frozen=True)
 class Extractor:
     """A frozen network: uint8 images (B, C, H, W) -> Features, on the CPU in float32.
 
-    name: one of EXTRACTORS. identity: a digest of its weights and of how they are used; distances
-    by features of another identity cannot be compared.
+    name: a key of EXTRACTORS. identity: a digest of its weights and its preprocessing; only
+    distances of the same identity can be compared.
     """
 
     name: str
@@ -44,7 +40,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n c h w"], title: str = "features") -> Features:
-        """The features of all images, a batch at a time."""
+        """Returns the features of all images, computed a batch at a time."""
         parts = []
         with progress_bar(len(images), title, "image", leave=False) as bar:
             for batch in images.split(BATCH_SIZE):
@@ -55,7 +51,7 @@ class Extractor:
         return Features(values, torch.cat(logits) if logits else None)
 
 
-Made = tuple[str, Callable[[Tensor], Features]]  # an identity, a network
+Made = tuple[str, Callable[[Tensor], Features]]  # identity and call of an Extractor
 
 
 def _digits(device: torch.device) -> Made:
@@ -70,22 +66,24 @@ def _digits(device: torch.device) -> Made:
 
 
 def brightness(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 1 h w"]:
-    """Digits of any colour on black, as bright as white ones.
+    """Returns grey images of coloured digits on black, as bright as white digits.
 
-    Each pixel is projected onto the image's own colour, the mean of its pixels weighted by their
-    brightness, with its largest part full. (The largest channel of each pixel alone would take
-    the largest of three noises, and thicken the strokes of samples.)
+    Each pixel is projected onto the image's colour: the mean of its pixels, weighted by their
+    brightness and scaled so that its largest channel is 1. (The maximum over the channels would
+    also be the maximum of their noise, and make the strokes of samples thicker.)
     """
     pixels = images.float()
     color = (pixels * pixels.amax(1, keepdim=True)).sum((2, 3), keepdim=True)
     color = color / color.amax(1, keepdim=True).clamp(min=1)
-    length = (color * color).sum(1, keepdim=True).clamp(min=1)  # 1 or more, but of a black image
+    length = (
+        (color * color).sum(1, keepdim=True).clamp(min=1)
+    )  # at least 1 unless the image is black
     projected = (pixels * color).sum(1, keepdim=True) / length
     return projected.round().clamp(max=255).to(torch.uint8)
 
 
 def _inception(device: torch.device) -> Made:
-    """Inception-v3 of the original Frechet distances, 2048 features (torch-fidelity)."""
+    """The 2048 features of Inception-v3, as in the original FID (weights of torch-fidelity)."""
     from torch_fidelity.feature_extractor_inceptionv3 import (
         URL_INCEPTION_V3,
         FeatureExtractorInceptionV3,
@@ -96,9 +94,9 @@ def _inception(device: torch.device) -> Made:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path))
-        # The library unpickles the file: harmless where a loader that runs no code reads it too.
+        # The library unpickles the file: first check that a loader which runs no code accepts it.
         torch.load(path, weights_only=True)
-    except Exception as error:  # of networks, and of damaged or foreign files
+    except Exception as error:  # network errors, and damaged or other files
         raise InputError(
             f"--features inception: {path}: could not be downloaded, or is not what it should be "
             f"({str(error)[:80]}); put {URL_INCEPTION_V3} there, or take --features digits"
@@ -116,7 +114,7 @@ EXTRACTORS = {"digits": _digits, "inception": _inception}
 
 
 def make_extractor(name: str, device: torch.device) -> Extractor:
-    """The extractor of that name. Raises InputError for an unknown one or missing weights."""
+    """Returns the extractor. Raises InputError for an unknown name or missing weights."""
     if name not in EXTRACTORS:
         raise InputError(f"--features {name}: not one of {', '.join(EXTRACTORS)}")
     return Extractor(name, *EXTRACTORS[name](device))

@@ -1,4 +1,4 @@
-"""Images to be measured: drawn from checkpoints, kept and gone on with, or read from elsewhere."""
+"""The images to measure: drawn from checkpoints and cached, read from files, or real."""
 
 import math
 import zipfile
@@ -28,17 +28,17 @@ from utils.files import atomic_write, require_regular_file
 from utils.processes import World
 from utils.randomness import generator
 
-CHUNK = 125  # images a file
-LARGEST_ARRAY = 2**32  # bytes of an .npz that are read: more than 300,000 images of 64x64x3
-DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the frozen classifier knows
+CHUNK = 125  # images per file
+LARGEST_ARRAY = 2**32  # bytes read from an .npz: more than 300,000 images of 64x64x3
+DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the classifier can be used on
 
 
 class Gallery:
-    """A folder of images drawn from checkpoints, each a function of the seed and its index.
+    """A folder that caches images drawn from checkpoints.
 
-    All checkpoints, samplers and step counts start from the same noise. The images lie in files of
-    chunk images, written whole, so that what was drawn is not drawn again. Processes share the
-    work. raw: the images are float32, not clipped and not rounded; otherwise uint8.
+    Each image is a function of the seed and its index: all checkpoints, samplers and step counts
+    start from the same noise. Files of `chunk` images are written whole, and never drawn again.
+    Processes share the work. raw: float32, neither clipped nor rounded; otherwise uint8.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class Gallery:
         self.batch_size, self.chunk, self.raw = batch_size, chunk, raw
 
     def key(self, checkpoint: Checkpoint, sampler: str, steps: int) -> str:
-        """A digest of all that the images are a function of.
+        """Returns a digest of everything that the images depend on.
 
-        What earlier checkpoints did not have counts only if it is not as it was for them.
+        New settings are included only if they differ from their former fixed values, so that
+        images which were drawn before the settings existed are still found.
         """
         config, levels = checkpoint.config, checkpoint.levels(steps)
         model, diffusion = (s.model_dump(mode="json") for s in (config.model, config.diffusion))
@@ -73,7 +74,7 @@ class Gallery:
     def images(
         self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, count: int
     ) -> Num[Tensor, "n c h w"]:
-        """The first images. where: the checkpoint's file, for errors."""
+        """Returns the first `count` images. where: the checkpoint's file, for errors."""
         key = self.key(checkpoint, sampler, steps)
         folder = self.folder / f"{where.stem}-{sampler.replace(':', '-')}-{steps}-{key[:12]}"
         parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / self.chunk))]
@@ -109,7 +110,7 @@ class Gallery:
 
 
 def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor | None:
-    """The images in a file of the gallery; None if it is missing or must be drawn again."""
+    """Returns the images in a file of the gallery, or None if it is missing or damaged."""
     if not path.exists():
         return None
     require_regular_file(path)
@@ -121,9 +122,9 @@ def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) 
 
 
 def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n c h w"]:
-    """Images from elsewhere: a folder of them, or arr_0 of an .npz, uint8 (N, H, W, C).
+    """Returns the images in a folder, or in arr_0 of an .npz, uint8 (N, H, W, C).
 
-    In no order, as those of a folder may be sorted by class, and parts stand for all of them.
+    Shuffled, because some metrics use only the first N images, and a folder may be sorted by class.
     Raises InputError that names the file and what is wrong.
     """
     if path.suffix.lower() != ".npz":
@@ -166,10 +167,11 @@ def _shuffled(images: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images, uint8, as the model has them.
+    """Real images, uint8, of the model's size and channels.
 
-    reference: what samples are compared with. floor: as many others, whose distance no model can be
-    expected to beat. training: what the model was trained on, None where that is not told apart.
+    reference: the images to compare samples with. floor: as many other real images, whose distance
+    to the reference is the best a model can reach. training: the model's training images; None if
+    the reference is taken from them.
     """
 
     reference: UInt8[Tensor, "n c h w"]
@@ -178,10 +180,11 @@ class RealImages:
 
 
 def real_images(config: Config) -> RealImages:
-    """Of digits the 10,000 test images, and the 10,000 training images unknown to the classifier.
+    """Returns the real images to compare samples with.
 
-    Of other data two disjoint sets of up to 10,000 training images. Raises InputError for less
-    than 100 images.
+    For digits: the 10,000 test images, and as the floor the 10,000 training images that the
+    classifier has not seen. For other data: two disjoint sets of up to 10,000 training images.
+    Raises InputError for fewer than 100 images.
     """
     data = config.data
     if data.name in DIGITS:
@@ -189,7 +192,7 @@ def real_images(config: Config) -> RealImages:
             fit(DIGITS[data.name](Path(data.root), split)[0], data.image_size, data.channels)
             for split in ("t10k", "train")
         )
-        # The files are in no random order, and some of a set must stand for all of it.
+        # Shuffled, because some metrics use only the first N images.
         order = torch.randperm(10_000, generator=generator("cpu", "reference"))
         return RealImages(test[order], training[TRAINED_ON:][order], training)
     dataset = build_dataset(config, torch.device("cpu"))

@@ -12,19 +12,19 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.features import Features
 
-NOISE_SETS = 5  # disjoint parts of the samples, between which a distance varies
-STUDENT_T = 2.776  # of 95%, for the mean of five
+NOISE_SETS = 5  # disjoint parts of the samples, for the interval of a distance
+STUDENT_T = 2.776  # 97.5% quantile with four degrees of freedom
 CONFIDENT = 0.9
-NEAREST = 1_000  # samples whose nearest training images are looked for
+NEAREST = 1_000  # samples that are compared with the training images
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of samples, against real images.
+    """The measured quality of `count` samples against real images.
 
-    frechet: Heusel et al. 2017; interval: half the width of its 95% interval. kernel: Binkowski et
-    al. 2018. precision, recall: Kynkaanniemi et al. 2019, k = 3. confident: the share of digits
-    whose class the classifier is more than 90% sure of. classes: their shares by class.
+    frechet: Heusel et al. 2017; frechet_interval: half the width of its 95% interval. kernel:
+    Binkowski et al. 2018. precision, recall: Kynkaanniemi et al. 2019, k = 3. confident: the share
+    of samples to which the classifier gives a class with more than 90%. classes: the share of each.
     """
 
     count: int
@@ -38,11 +38,11 @@ class Quality:
 
 
 def measure(samples: Features, real: Features) -> Quality:
-    """All of Quality. Raises ValueError for fewer than 10 samples.
+    """Returns the quality of the samples. Raises ValueError for fewer than 10 samples.
 
-    The interval: five disjoint parts of the samples, each from noise of its own, have five
-    distances whose mean has a standard error; Student's t for five makes it an interval. A distance
-    of fewer samples is larger (its bias falls with their number): the parts give the spread alone.
+    The interval is Student's t times the standard error of the mean of five distances, those of
+    five disjoint parts of the samples. The parts are used for the spread alone: a distance is
+    biased upwards, more so for fewer samples.
     """
     count = len(samples.values)
     if count < 2 * NOISE_SETS:
@@ -64,14 +64,14 @@ def measure(samples: Features, real: Features) -> Quality:
 
 
 def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features."""
+    """Returns |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017)."""
     statistics_of = [fid_features_to_statistics(x.double()) for x in (a, b)]
     distance = fid_statistics_to_metric(*statistics_of, False)["frechet_inception_distance"]
-    return max(0.0, float(distance))  # rounding may go below
+    return max(0.0, float(distance))  # rounding can make it negative
 
 
 def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
-    """The squared maximum mean discrepancy of a cubic kernel, the mean over 100 subsets."""
+    """Returns the squared MMD with a cubic kernel, the mean over 100 subsets (Binkowski 2018)."""
     size = min(1000, len(a) // 2, len(b) // 2)
     measured = kid_features_to_metric(
         a.double(), b.double(), kid_subset_size=size, kid_subsets=100, rng_seed=0, verbose=False
@@ -82,45 +82,49 @@ def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
 def precision_and_recall(
     samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]
 ) -> tuple[float, float]:
-    """The share of samples among real images' neighbours, and of real ones among samples'."""
-    size = min(len(samples), len(real))  # both depend on how many there are
+    """Returns precision and recall (Kynkaanniemi et al. 2019).
+
+    Precision is the share of samples within the k-nearest-neighbour balls of real images, recall
+    the share of real images within those of samples.
+    """
+    size = min(len(samples), len(real))  # both depend on the numbers of images
     measured = prc_features_to_metric(samples[:size], real[:size], verbose=False)
     return float(measured["precision"]), float(measured["recall"])
 
 
 def confident_share(logits: Float[Tensor, "n k"]) -> float:
-    """The share of images whose class is more than 90% sure."""
+    """Returns the share of images that have a class with a probability above 90%."""
     return (logits.softmax(1).amax(1) > CONFIDENT).float().mean().item()
 
 
 def class_shares(logits: Float[Tensor, "n k"]) -> list[float]:
-    """The share of each class among the images."""
+    """Returns the share of each class among the images."""
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return (counts / len(logits)).tolist()  # type: ignore[no-any-return]
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memorised training images --------------------------------------------------------------------
 
 
 def nearest(
     images: Float[Tensor, "n d"], training: Float[Tensor, "m d"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """The distance of each to the nearest of the training images, and which that is."""
+    """Returns each image's distance to the nearest training image, and that one's index."""
     squares = training.square().sum(1)
     distances, indices = [], []
     for part in images.split(250):
-        all_of_them = part.square().sum(1)[:, None] + squares - 2 * part @ training.T
-        found = all_of_them.min(1)
+        squared = part.square().sum(1)[:, None] + squares - 2 * part @ training.T
+        found = squared.min(1)
         distances.append(found.values.clamp_min(0).sqrt())
         indices.append(found.indices.float())
     return torch.cat(distances), torch.cat(indices)
 
 
 def share_nearer(samples: Float[Tensor, "n"], real: Float[Tensor, "m"]) -> float:
-    """The share of samples that are nearer than all but 1% of real images."""
+    """Returns the share of samples with a distance below the 1% quantile of real images."""
     return (samples < real.quantile(0.01)).float().mean().item()
 
 
 def flat(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-    """Pixels in [0, 1] as vectors."""
+    """Returns the images as vectors of pixels in [0, 1]."""
     return images.flatten(1).float() / 255

@@ -1,4 +1,4 @@
-"""The report of a ladder: a table, its numbers as JSON, and the pictures."""
+"""The report of a ladder: a table, the same as JSON, and pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,28 +14,26 @@ from pipeline.codec import decode
 from training.ladder import reference_steps
 from training.stages import Run
 from utils.command import say
-from utils.files import atomic_write, write_text
-from utils.images import by_class, make_grid, save_png
+from utils.files import write_text
+from utils.images import by_class, make_grid, save_figure, save_png
 
-PICTURED_STEPS = 8  # of the three-column picture: teacher | teacher at 8 | student at 8
+PICTURED_STEPS = 8  # comparison.png: teacher | teacher at 8 steps | student at 8 steps
 PICTURED_STAGES = (8, 4, 2, 1)
-
-
-NUM_IMAGES = 64  # over which a trajectory error is taken
-CHUNK = 32  # images a file
+NUM_IMAGES = 64  # in a trajectory error
+CHUNK = 32  # images per file
 
 
 def trajectory_error(
     images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
 ) -> float:
-    """The mean squared distance to the reference, over the first 64 images and all pixels."""
+    """Returns the mean squared distance to the reference over the first 64 images."""
     difference = images[:NUM_IMAGES].double() - reference[:NUM_IMAGES].double()
     return difference.square().mean().item()
 
 
 @dataclass(frozen=True)
 class LadderRow:
-    """A stage. Both are trajectory errors: of its student, of the first teacher at its steps."""
+    """One stage: the trajectory errors of its student and of the first teacher at as many steps."""
 
     num_steps: int
     updates: int
@@ -49,10 +47,10 @@ class LadderRow:
 
 
 class LadderReport:
-    """What is known of a ladder, stage by stage: images, errors, table, grids, pictures.
+    """Collects the images and errors of a ladder, stage by stage, and writes its report.
 
-    base: the checkpoint that the ladder began with, by whose finest images it is measured, and
-    base_path, where it lies. The processes of a run share the sampling; the first one writes.
+    base: the checkpoint that the ladder starts from. Errors are distances to its images at its
+    most steps. base_path: its file. The processes of a run share the sampling; rank 0 writes.
     """
 
     def __init__(self, run: Run, base: Checkpoint, base_path: Path) -> None:
@@ -98,7 +96,7 @@ class LadderReport:
         )
 
     def table(self) -> str:
-        """The ladder so far."""
+        """Returns the table of the stages so far."""
         return ladder_table(self.rows, self.reference_steps, self.base.kind == "base")
 
     def finish(self) -> None:
@@ -110,9 +108,9 @@ class LadderReport:
 
 
 def ladder_table(rows: Sequence[LadderRow], reference_steps: int, from_base: bool = True) -> str:
-    """The ladder as a Markdown table, with a line above that says what it shows.
+    """Returns the ladder as a Markdown table below a line that explains it.
 
-    from_base: the ladder began with a base model, not with a student of an earlier ladder.
+    from_base: whether the ladder starts from a base model rather than from a student.
     """
     reference, teacher = (
         ("base teacher", "undistilled teacher") if from_base else ("first teacher", "first teacher")
@@ -135,7 +133,7 @@ def ladder_table(rows: Sequence[LadderRow], reference_steps: int, from_base: boo
 def write_table(
     folder: Path, name: str, rows: Sequence[LadderRow], reference_steps: int, table: str
 ) -> None:
-    """Writes what is known of the ladder so far: ladder.md and ladder.json."""
+    """Writes ladder.md and ladder.json."""
     write_text(
         folder / "ladder.md",
         f"# The ladder of {name}\n\n{table}\n\n"
@@ -169,7 +167,7 @@ def draw_comparison(
     reference_steps: int,
     num_steps: int,
 ) -> None:
-    """Grids of the same noise: teacher at the reference steps and at few, student at few, fewer."""
+    """Draws grids from the same noise: the teacher at many and few steps, students at few."""
     from matplotlib.figure import Figure
 
     grids = [
@@ -186,7 +184,7 @@ def draw_comparison(
         axes.set_axis_off()
     for axes, (title, images) in zip(places, grids, strict=False):
         _show(axes, make_grid(decode(images)), title)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def draw_ladder(
@@ -197,7 +195,7 @@ def draw_ladder(
     steps: Sequence[int],
     columns: int = 16,
 ) -> None:
-    """Rows of digits from the same noise: the reference, then student and teacher at few steps."""
+    """Draws rows of images from the same noise: the reference, then student and teacher."""
     from matplotlib.figure import Figure
 
     rows = [(f"teacher, {_steps(reference_steps)}", teachers[reference_steps])]
@@ -207,7 +205,7 @@ def draw_ladder(
     for axes, (title, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         _show(axes, make_grid(decode(images[:columns]), columns=columns), "")
         axes.text(-0.01, 0.5, title, transform=axes.transAxes, ha="right", va="center")
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _steps(count: int) -> str:
@@ -219,8 +217,3 @@ def _show(axes, image: Tensor, title: str) -> None:  # type: ignore[no-untyped-d
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title)
     axes.set_axis_off()
-
-
-def _save(path: Path, figure) -> None:  # type: ignore[no-untyped-def]
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)

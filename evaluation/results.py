@@ -1,4 +1,4 @@
-"""What was measured: a table (terminal, Markdown, CSV, JSON) and a figure like the paper's."""
+"""The results of an evaluation: tables (terminal, Markdown, CSV, JSON) and a figure."""
 
 import csv
 import io
@@ -12,15 +12,17 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter
 
 from evaluation.quality import Quality
-from utils.command import InputError, printable
-from utils.files import atomic_write, require_regular_file, write_text
+from utils.command import InputError
+from utils.files import require_regular_file, write_text
+from utils.images import save_figure
+from utils.terminal import printable
 
 FLOOR = "real images"
 DISTILLED = ": distilled"
 
 
 class Key(NamedTuple):
-    """What tells rows apart: the run, its checkpoint, how it was sampled, how often."""
+    """Identifies a row: the run, its checkpoint, how it was sampled, the number of images."""
 
     run: str
     name: str
@@ -31,19 +33,18 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One set of images.
+    """The measurements of one set of images.
 
-    name: of the checkpoint, or where the images come from. kind: base, student, images, floor.
-    to_teacher, to_base: mean squared distance in the model's range, from the same noise, to the
-    images of a student's own teacher and of the base model at its most steps; teachers_class,
-    same_class: the shares of digits whose class agrees with theirs; asked_class: with the class
-    that a conditional model was asked for. memorised: the shares of samples that are nearer to a
-    training image than all but 1% of real ones, in pixels and in features: samples follow the
-    training images, the digits' classifier has seen most of them, and the real ones are test
-    images, so a few more are no proof. base_steps: of the base model's images in to_base and
-    same_class. run: that the checkpoint is of, which students and their base model share unless
-    they were distilled by a YAML of another name; update: how far it was trained. source: a digest
-    of what the images are a function of.
+    name: the checkpoint's file, or the images'. kind: base, student, images (from files) or floor
+    (real images). to_teacher, to_base: mean squared distance, in the model's range and from the
+    same noise, to the images of the student's teacher, and of the base model at base_steps, its
+    most steps. teachers_class, same_class: the share of images with the same class as theirs;
+    asked_class: with the class that a conditional model was given. memorised: the share of samples
+    nearer to a training image than all but 1% of real images, in pixels and in features; slightly
+    more than 1% is no proof, because the real images are test images and the classifier has seen
+    most training images. run: the checkpoint's name, which students and their base model share
+    unless they were distilled with a YAML of another name; update: how far it was trained. source:
+    a digest of what the images depend on.
     """
 
     name: str
@@ -65,12 +66,12 @@ class Row:
 
     @property
     def key(self) -> "Key":
-        """What tells rows apart."""
+        """Identifies the row among all rows."""
         return Key(self.run, self.name, self.sampler, self.steps or 0, self.quality.count)
 
     @property
     def curve(self) -> str:
-        """The curve of the figure that it is a point of."""
+        """The name of the curve that it is a point of."""
         return {
             "student": f"{self.run}{DISTILLED}",
             "base": f"{self.run}: {self.name}, {self.sampler}",
@@ -79,16 +80,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """All rows of a folder. features: the extractor's name; real: quality of the reference set."""
+    """All rows of a folder. features: the extractor's name; reference: about the real images."""
 
     features: str
     reference: Mapping[str, Any]
     rows: Sequence[Row]
 
     def with_rows(self, rows: Sequence[Row]) -> "Results":
-        """With these rows in the place of those of the same key.
+        """Returns the results with these rows added, or put in place of those with the same key.
 
-        Rows of the same name but of other weights or noise go: a table is of one model each.
+        Rows of the same checkpoint and sampling but other weights or noise are removed.
         """
         new = {row.key[:-1]: row.source for row in rows}
         old = [row for row in self.rows if new.get(row.key[:-1], row.source) == row.source]
@@ -102,7 +103,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results | None:
-    """The results of an earlier call in this folder. Raises InputError if they are damaged."""
+    """Returns the results in the file, None if there is none. Raises InputError if damaged."""
     if not path.exists():
         return None
     require_regular_file(path)
@@ -153,7 +154,7 @@ COLUMNS = {
 
 
 def _cell(text: str) -> str:
-    """A name that neither ends a cell of a Markdown table nor its line, nor tells a terminal."""
+    """Escapes a name for a cell of a Markdown table on a terminal."""
     return printable(text).replace("\n", r"\n").replace("|", r"\|")
 
 
@@ -162,7 +163,7 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The table, columns that say nothing left out, and that of the run where there is but one."""
+    """Returns the table without empty columns, and without the run if there is only one."""
     columns = {t: f for t, f in COLUMNS.items() if any(f(row) for row in results.rows)}
     if len({row.run for row in results.rows if row.run}) == 1:
         columns.pop("run")
@@ -176,9 +177,9 @@ def markdown(results: Results) -> str:
 
 
 def finest_base(results: Results, run: str | None = None) -> Row | None:
-    """The row of the base model, of that run.
+    """Returns the best-sampled row of the base model of a run, or of any run; None without one.
 
-    The longest trained, and of its rows that of the most DDIM steps and samples.
+    That is the longest trained, then the one with the most DDIM steps, then the most samples.
     """
     bases = [r for r in results.rows if r.kind == "base" and r.sampler == "ddim"]
     ours = [r for r in bases if run in (None, r.run)]
@@ -186,10 +187,10 @@ def finest_base(results: Results, run: str | None = None) -> Row | None:
 
 
 def by_curve(results: Results) -> dict[str, dict[int, Row]]:
-    """The rows by curve and steps, one for each.
+    """Returns one row for each curve and step count.
 
-    Of as many samples as the finest base model's where there are such, else of the most: a distance
-    falls with the number of samples.
+    Those with as many samples as the row of finest_base if possible, otherwise with the most,
+    because distances fall with the number of samples.
     """
     finest = finest_base(results)
     wanted = 0 if finest is None else finest.quality.count
@@ -201,9 +202,9 @@ def by_curve(results: Results) -> dict[str, dict[int, Row]]:
 
 
 def summary(results: Results) -> str:
-    """Frechet distances by sampling steps: a column for each curve, students' first.
+    """Returns a table of Frechet distances by sampling steps, with a column for each curve.
 
-    A student's is also divided by the finest of its run's base model, of as many samples.
+    A student's distance is also divided by that of finest_base, if it has as many samples.
     """
     curves, finest = by_curve(results), finest_base(results)
     if finest is None or not any(row.kind == "student" for row in results.rows):
@@ -247,13 +248,13 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _label(title: str) -> str:
-    """A name as text alone, where matplotlib reads formulas, and a _ at its head as no label."""
+    """Escapes a name for matplotlib, which reads $ as a formula and ignores a leading _."""
     shown = printable(title).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def draw_distances(path: Path, results: Results) -> None:
-    """The Frechet distance by sampling steps, log-log, with intervals, and the floor as a line."""
+    """Plots Frechet distances with intervals over sampling steps, and the floor as a line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
@@ -286,5 +287,4 @@ def draw_distances(path: Path, results: Results) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    save_figure(path, figure)

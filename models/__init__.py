@@ -1,1 +1,1 @@
-"""Networks alone: (z, logsnr, label) -> output."""
+"""Networks: (z, logsnr, **condition) -> output."""

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 def lecun_normal_(weight: Float[Tensor, "out ..."]) -> None:
     """LeCun normal initialisation: variance 1 / fan_in, truncated at two standard deviations."""
     fan_in = weight[0].numel()
-    # The truncated normal's own standard deviation is 0.8796: it is divided out.
+    # The truncation reduces the standard deviation to 0.8796, which is divided out.
     std = math.sqrt(1.0 / fan_in) / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def initialised(layer: nn.Conv2d | nn.Linear, zero: bool = False) -> nn.Conv2d | nn.Linear:
-    """The layer with its bias at 0 and its weight LeCun normal, or at 0."""
+    """Returns the layer with LeCun normal weights (or zeros) and zero biases."""
     with torch.no_grad():
         if zero:
             layer.weight.zero_()
@@ -34,23 +34,23 @@ def initialised(layer: nn.Conv2d | nn.Linear, zero: bool = False) -> nn.Conv2d |
 
 
 def conv(in_channels: int, out_channels: int, size: int = 3, zero: bool = False) -> nn.Module:
-    """A convolution that keeps height and width."""
+    """Returns a convolution that keeps height and width."""
     layer = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
     return initialised(layer, zero)
 
 
 def linear(in_features: int, out_features: int, zero: bool = False) -> nn.Module:
-    """A dense layer."""
+    """Returns a dense layer."""
     return initialised(nn.Linear(in_features, out_features), zero)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or of as many as divide both 32 and the channels; eps 1e-6."""
+    """Returns GroupNorm with gcd(32, channels) groups and eps 1e-6."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
 def sinusoids(angle: Float[Tensor, "b"], slowest: float, channels: int) -> Float[Tensor, "b d"]:
-    """[sin, cos] of the angle times frequencies that fall from 1 to 1 / slowest, evenly in log.
+    """Returns [sin, cos] of angle * f, with frequencies f log-spaced from 1 to 1 / slowest.
 
     One zero is appended if channels is odd (Vaswani et al. 2017; the original code).
     """
@@ -61,7 +61,7 @@ def sinusoids(angle: Float[Tensor, "b"], slowest: float, channels: int) -> Float
 
 
 def time_features(logsnr: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b channels"]:
-    """Sinusoids of 1000 inv_cos(logsnr), with frequencies from 1 to 1/10000.
+    """Returns sinusoids of 1000 inv_cos(logsnr), with frequencies from 1 to 1/10000.
 
     inv_cos = atan(e^(-clip(logsnr, -20, 20) / 2)) / (pi / 2), in (0, 1) (the original code).
     """
@@ -70,7 +70,7 @@ def time_features(logsnr: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b
 
 
 def guidance_features(guidance: Float[Tensor, "b"], channels: int) -> Float[Tensor, "b channels"]:
-    """Sinusoids of the guidance weight w (Meng et al. 2023), of periods from 1 to 100."""
+    """Returns sinusoids of the guidance weight (Meng et al. 2023), with periods from 1 to 100."""
     return sinusoids(2.0 * math.pi * guidance, 100.0, channels)
 
 
@@ -84,7 +84,7 @@ class ConvDownsample(nn.Module):
     def forward(
         self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b c h/2 w/2"]:
-        """Halves height and width; the embedding is not looked at."""
+        """Halves height and width. The embedding is not used."""
         return self.conv(F.pad(h, (0, 1, 0, 1)))
 
 
@@ -98,17 +98,17 @@ class ConvUpsample(nn.Module):
     def forward(
         self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b c 2*h 2*w"]:
-        """Doubles height and width; the embedding is not looked at."""
+        """Doubles height and width. The embedding is not used."""
         return self.conv(upsample(h))
 
 
 def downsample(h: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h/2 w/2"]:
-    """2x2 average pooling."""
+    """Halves height and width by 2x2 average pooling."""
     return F.avg_pool2d(h, 2)
 
 
 def upsample(h: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
-    """Nearest neighbour x2."""
+    """Doubles height and width by nearest neighbour."""
     return F.interpolate(h, scale_factor=2.0, mode="nearest")
 
 
@@ -120,7 +120,7 @@ RESAMPLING: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 class PlainResample(nn.Module):
-    """A resampling without weights. to: a key of RESAMPLING."""
+    """Resampling without weights. to: a key of RESAMPLING."""
 
     def __init__(self, to: str) -> None:
         super().__init__()
@@ -129,15 +129,15 @@ class PlainResample(nn.Module):
     def forward(
         self, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b c i j"]:
-        """Halves or doubles height and width; the embedding is not looked at."""
+        """Halves or doubles height and width. The embedding is not used."""
         return self.resample(h)
 
 
 class ResBlock(nn.Module):
-    """A residual block, modulated by the embedding (scale-shift norm), which may resample.
+    """A residual block with scale-shift norm by the embedding, and optional resampling.
 
-    resample: a key of RESAMPLING, done between the first activation and convolution and on the
-    raw skip alike. The skip has a 1x1 convolution only where the channels change.
+    resample: a key of RESAMPLING, applied before the first convolution and to the skip connection.
+    The skip has a 1x1 convolution only if the number of channels changes.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ResBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b d i j"]:
-        """x: features; embedding: of time and class."""
+        """Returns the features after the block. embedding: of time and condition."""
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         scale, shift = self.scale_shift(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         self.out = linear(channels, channels, zero=True)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """x: features of any height and width."""
+        """Returns x plus the attention over all pixels."""
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(
             self.qkv(tokens), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads

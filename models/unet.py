@@ -1,4 +1,4 @@
-"""The paper's UNet, every size an argument: the tutorial's, the small MNIST and the paper's own."""
+"""The UNet of Salimans & Ho 2022 and of its JAX code, with every size an argument."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from models.layers import (
 )
 
 
-class Level(nn.Module):
-    """One resolution on the way down or up: residual blocks, attention after each, a resampling."""
+class Resolution(nn.Module):
+    """Residual blocks at one resolution, attention after each, and a resampling."""
 
     def __init__(
         self, blocks: list[ResBlock], attentions: list[Attention], resample: nn.Module | None
@@ -37,13 +37,13 @@ class Level(nn.Module):
     def block(
         self, n: int, h: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b d h w"]:
-        """The n-th residual block, with its attention where this resolution has it."""
+        """Applies the n-th residual block, and its attention if this resolution has any."""
         h = self.blocks[n](h, embedding)
         return self.attentions[n](h) if self.attentions else h
 
 
-class Down(Level):
-    """A level of the way down."""
+class Down(Resolution):
+    """A resolution on the way down."""
 
     def forward(
         self,
@@ -51,7 +51,7 @@ class Down(Level):
         embedding: Float[Tensor, "b e"],
         skips: list[Float[Tensor, "b _ _ _"]],
     ) -> Float[Tensor, "b d i j"]:
-        """Pushes what each block and the resampling gives onto the stack of skips."""
+        """Applies all blocks and the resampling, and pushes each output onto the skips."""
         for n in range(len(self.blocks)):
             h = self.block(n, h, embedding)
             skips.append(h)
@@ -61,8 +61,8 @@ class Down(Level):
         return h
 
 
-class Up(Level):
-    """A level of the way up."""
+class Up(Resolution):
+    """A resolution on the way up."""
 
     def forward(
         self,
@@ -70,7 +70,7 @@ class Up(Level):
         embedding: Float[Tensor, "b e"],
         skips: list[Float[Tensor, "b _ _ _"]],
     ) -> Float[Tensor, "b d i j"]:
-        """Joins what the stack of skips holds, one for each block, the last one first."""
+        """Applies all blocks, each to its input joined with the skip popped, and the resampling."""
         for n in range(len(self.blocks)):
             h = self.block(n, torch.cat([h, skips.pop()], dim=1), embedding)
         return h if self.resample is None else self.resample(h, embedding)
@@ -78,7 +78,7 @@ class Up(Level):
 
 @dataclass(frozen=True)
 class Parts:
-    """Makes the parts of a network, which share these sizes (see UNet)."""
+    """Builds the parts of a UNet, which share these sizes (see UNet)."""
 
     embedding_channels: int
     dropout: float
@@ -87,16 +87,16 @@ class Parts:
     resample: str
 
     def block(self, in_channels: int, out_channels: int, to: str | None = None) -> ResBlock:
-        """A residual block, which resamples if told so."""
+        """Returns a residual block. to: its resampling, a key of RESAMPLING."""
         return ResBlock(in_channels, out_channels, self.embedding_channels, self.dropout, to)
 
     def attention(self, width: int) -> Attention:
-        """Attention over so many channels."""
+        """Returns attention over `width` channels."""
         dim = self.attention_head_dim
         return Attention(width, width // dim if dim else self.attention_heads)
 
     def resampling(self, width: int, to: str) -> nn.Module:
-        """Half (to = down) or twice (to = up) the height and width."""
+        """Returns a layer that halves (to = down) or doubles (to = up) height and width."""
         if self.resample == "block":
             return self.block(width, width, to)
         if self.resample == "plain":
@@ -104,13 +104,13 @@ class Parts:
         return ConvDownsample(width) if to == "down" else ConvUpsample(width)
 
     def down(self, in_channels: int, width: int, count: int, attends: bool, last: bool) -> Down:
-        """A level of the way down, of so many blocks; the last one does not resample."""
+        """Returns a resolution of the way down with `count` blocks; the last does not resample."""
         blocks = [self.block(in_channels if n == 0 else width, width) for n in range(count)]
         attentions = [self.attention(width) for _ in range(count if attends else 0)]
         return Down(blocks, attentions, None if last else self.resampling(width, "down"))
 
     def up(self, in_channels: int, width: int, skips: list[int], attends: bool, last: bool) -> Up:
-        """A level of the way up, a block for each of the skips' widths."""
+        """Returns a resolution of the way up, with a block for each of the skips' widths."""
         widths = [in_channels] + [width] * (len(skips) - 1)
         blocks = [self.block(a + b, width) for a, b in zip(widths, skips, strict=True)]
         attentions = [self.attention(width) for _ in range(len(skips) if attends else 0)]
@@ -120,16 +120,16 @@ class Parts:
 class UNet(nn.Module):
     """(z, logsnr, label, guidance) -> output: the UNet of Salimans & Ho 2022 and its JAX code.
 
-    image_size, image_channels, output_channels: of z and of the output (twice the image's channels
-    for output type both). channels: width of the first level; embedding_channels: of the time and
-    class embedding, None for 4 x channels. channel_multipliers: one per level; each level but the
-    last halves height and width. attention_resolutions: pixels a side, after patch folding, where
-    every residual block is followed by attention, of attention_heads heads or, where that is
-    given, heads of width attention_head_dim. resample: block (in a residual block), conv or plain
-    (2x2 average pooling and nearest neighbour, without weights). patch_size p folds p x p pixels
-    into channels first and unfolds them last. num_classes: None for an unconditional network.
-    guidance: whether the guidance weight is an input too; its layer begins at zero, so that the
-    network begins as the one without.
+    image_size, image_channels: of z; output_channels: twice the image's for output type both.
+    channels: width of the first resolution; embedding_channels: width of the embedding, None for
+    4 x channels. channel_multipliers: one for each resolution; all but the last halve height and
+    width. attention_resolutions: the heights, after patch folding, at which every residual block
+    is followed by attention, with attention_heads heads or, if given, with heads of width
+    attention_head_dim. resample: block (in a residual block), conv or plain (2x2 average pooling
+    and nearest neighbour, without weights). patch_size p folds p x p pixels into channels first
+    and unfolds them last. num_classes: None for an unconditional network. guidance: whether the
+    guidance weight is an input; its layer starts at zero, so that the network starts as the one
+    without.
     """
 
     def __init__(
@@ -158,8 +158,7 @@ class UNet(nn.Module):
         parts = Parts(embedding_channels, dropout, attention_heads, attention_head_dim, resample)
         widths = [channels * multiplier for multiplier in channel_multipliers]
         attends = [
-            image_size // patch_size >> level in attention_resolutions
-            for level in range(len(widths))
+            image_size // patch_size >> n in attention_resolutions for n in range(len(widths))
         ]
         last = len(widths) - 1
 
@@ -171,22 +170,20 @@ class UNet(nn.Module):
             self.guidance_embedding = linear(channels, embedding_channels, zero=True)
         self.conv_in = conv(image_channels * patch_size**2, channels)
 
-        skips, width = [channels], channels  # the widths of what the way down pushes
+        skips, width = [channels], channels  # skips: the widths that the way down pushes
         self.down = nn.ModuleList()
-        for level, out in enumerate(widths):
-            self.down.append(
-                parts.down(width, out, blocks_per_level, attends[level], level == last)
-            )
-            skips += [out] * (blocks_per_level + (level < last))
+        for n, out in enumerate(widths):
+            self.down.append(parts.down(width, out, blocks_per_level, attends[n], n == last))
+            skips += [out] * (blocks_per_level + (n < last))
             width = out
 
         self.middle_in, self.middle_out = parts.block(width, width), parts.block(width, width)
         self.middle_attention = parts.attention(width)
 
         self.up = nn.ModuleList()
-        for level, out in reversed(list(enumerate(widths))):
+        for n, out in reversed(list(enumerate(widths))):
             joined = [skips.pop() for _ in range(blocks_per_level + 1)]
-            self.up.append(parts.up(width, out, joined, attends[level], level == 0))
+            self.up.append(parts.up(width, out, joined, attends[n], n == 0))
             width = out
 
         self.norm_out = group_norm(width)
@@ -198,10 +195,10 @@ class UNet(nn.Module):
         label: Int[Tensor, "b"] | None,
         guidance: Float[Tensor, "b"] | None,
     ) -> Float[Tensor, "b e"]:
-        """The embedding of the noise level, the class and the guidance weight.
+        """Returns the embedding of the noise level, the class and the guidance weight.
 
-        Label -1 is no class: the bias alone. Raises ValueError for a label or a guidance weight
-        that the network does not take, and where the guidance weight is missing.
+        Label -1 means no class: only the bias is added. Raises ValueError for a label or a guidance
+        weight that the network does not take, and for a missing guidance weight.
         """
         embedding = self.time_out(F.silu(self.time_in(time_features(logsnr, self.channels))))
         if (guidance is None) == self.guidance:
@@ -226,19 +223,20 @@ class UNet(nn.Module):
         label: Int[Tensor, "b"] | None = None,
         guidance: Float[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b d h w"]:
-        """z: noisy images; logsnr: their noise levels; label: their classes, -1 for none.
+        """Returns the network's output for noisy images z at noise levels logsnr.
 
-        guidance: the weights of classifier-free guidance, for a network that takes them.
+        label: their classes, -1 for none; guidance: the weights of classifier-free guidance, for a
+        network that takes them.
         """
         p = self.patch_size
         embedding = self.embed(logsnr, label, guidance)
         h = self.conv_in(rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p))
         skips = [h]
-        for level in self.down:
-            h = level(h, embedding, skips)
+        for resolution in self.down:
+            h = resolution(h, embedding, skips)
         h = self.middle_in(h, embedding)
         h = self.middle_out(self.middle_attention(h), embedding)
-        for level in self.up:
-            h = level(h, embedding, skips)
+        for resolution in self.up:
+            h = resolution(h, embedding, skips)
         output = self.conv_out(F.silu(self.norm_out(h)))
         return rearrange(output, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)

@@ -1,4 +1,4 @@
-"""From a config to the things it names: the one place that knows both."""
+"""Builds denoisers and data sets from a config."""
 
 from pathlib import Path
 
@@ -7,29 +7,27 @@ from torch import nn
 
 from diffusion.gaussian import Denoiser
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, EngineConfig
+from pipeline.config import Config
 from pipeline.data import Dataset, open_dataset
 from pipeline.engine import accelerated, allow_tf32, sampling_engine
 from pipeline.network import build_network, load_weights
+from pipeline.sections import EngineConfig
 from utils.command import InputError
 
 
 def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> Denoiser:
-    """The network as config.engine has it called, with what its output means."""
+    """Returns a Denoiser that calls the network as config.engine says."""
     allow_tf32(config.engine)
     called = accelerated(network, config.engine, device)
     return Denoiser(called, config.diffusion.prediction)
 
 
 def load_denoiser(
-    checkpoint: Checkpoint,
-    where: Path,
-    device: torch.device,
-    engine: EngineConfig | None = None,
+    checkpoint: Checkpoint, where: Path, device: torch.device, engine: EngineConfig | None = None
 ) -> Denoiser:
-    """Returns the checkpoint's frozen network with what its output means.
+    """Returns a Denoiser with the checkpoint's frozen network.
 
-    where: its file, for errors. engine: how to call it; by default as sampling_engine says.
+    where: its file, for errors. engine: how to run it; None for sampling_engine.
     """
     engine = engine or sampling_engine(checkpoint.config.engine, device)
     config = checkpoint.config.model_copy(update={"engine": engine})
@@ -39,7 +37,7 @@ def load_denoiser(
 
 
 def build_dataset(config: Config, device: torch.device) -> Dataset:
-    """The config's data. Raises InputError if it has not the classes that the model asks for."""
+    """Returns the config's data. Raises InputError if the model needs other classes."""
     data = config.data
     dataset = open_dataset(
         data.name, data.root, data.image_size, data.channels, data.workers, device
@@ -53,5 +51,5 @@ def build_dataset(config: Config, device: torch.device) -> Dataset:
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
-    """(C, H, W) of one image."""
+    """Returns (C, H, W) of one image."""
     return config.data.channels, config.data.image_size, config.data.image_size

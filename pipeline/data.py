@@ -1,6 +1,6 @@
-"""The images a model learns from: uint8, (B, C, H, W), 1 or 3 channels as the config says.
+"""Data sets: batches of uint8 images (B, C, H, W) with 1 or 3 channels.
 
-Small data sets lie in memory on the training device, and batches are gathered there: no worker
+Small data sets are kept in memory on the training device, and batches are gathered there: no worker
 processes, no per-image Python. Folders of images are streamed by a DataLoader.
 """
 
@@ -26,26 +26,23 @@ Batch = tuple[Tensor, Tensor | None]
 
 
 class Dataset(Protocol):
-    """What training asks of a data set."""
+    """The interface of a data set."""
 
     @property
     def num_images(self) -> int:
-        """How many images there are."""
-        ...
+        """The number of images."""
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes their labels tell apart, None where there are no labels."""
-        ...
+        """The number of classes; None without labels."""
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
-        """The images of each batch of indices, in order."""
-        ...
+        """Yields the images and labels for each batch of indices."""
 
 
 @dataclass(frozen=True)
 class MemoryDataset:
-    """Images (N, C, H, W) and labels (N,) held on the training device."""
+    """Images (N, C, H, W) and labels (N,) on the training device."""
 
     images: Tensor
     labels: Tensor
@@ -53,7 +50,7 @@ class MemoryDataset:
 
     @property
     def num_images(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return len(self.images)
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Batch]:
@@ -63,7 +60,7 @@ class MemoryDataset:
             yield self.images[at], self.labels[at]
 
 
-# --- MNIST, which comes with the repository -----------------------------------------------------
+# --- MNIST, which is part of the repository -----------------------------------------------------
 
 # MD5 of the decompressed IDX files of the MNIST database.
 MNIST_FILES = {
@@ -76,9 +73,9 @@ LARGEST_MNIST_FILE = 16 + 60_000 * 28 * 28  # bytes, decompressed
 
 
 def read_mnist(folder: Path, split: str = "train") -> tuple[Tensor, Tensor]:
-    """The images (N, 28, 28) uint8 and labels (N,) of a split, train or t10k, verified by MD5.
+    """Returns the images (N, 28, 28) uint8 and labels (N,) of a split: train or t10k.
 
-    Raises InputError that names the file if one is missing, truncated or altered.
+    Raises InputError that names the file if one is missing, truncated or altered (MD5).
     """
     images = _read_idx(folder, f"{split}-images-idx3-ubyte", header=16).reshape(-1, 28, 28)
     labels = _read_idx(folder, f"{split}-labels-idx1-ubyte", header=8)
@@ -102,21 +99,23 @@ def _read_idx(folder: Path, name: str, header: int) -> Tensor:
 
 
 def mnist(root: Path, split: str = "train") -> tuple[Tensor, Tensor, int]:
-    """Images (N, 1, 28, 28), labels (N,) and the number of classes."""
+    """Returns images (N, 1, 28, 28), labels (N,) and the number of classes."""
     images, labels = read_mnist(root / "mnist", split)
     return images[:, None], labels, 10
 
 
 def colored_mnist(root: Path, split: str = "train") -> tuple[Tensor, Tensor, int]:
-    """MNIST's digits, each in a colour of its own on black: images (N, 3, 28, 28).
+    """Returns MNIST with each digit in a random colour on black: images (N, 3, 28, 28).
 
-    A colour is a random point of the cube, scaled so that its largest part is full: the maximum
-    over the channels is the grey digit. It is a function of the split and the image's number.
+    A colour is uniform in the unit cube, divided by its maximum, so that the maximum over the
+    channels is the grey digit. It is a function of the split and the image's index.
     """
     digits, labels, num_classes = mnist(root, split)
     random = torch.rand(len(digits), 3, 1, 1, generator=generator("cpu", "colors", split))
     colors = random / random.amax(1, keepdim=True)
-    parts = zip(digits.split(4096), colors.split(4096), strict=True)  # as they go through float
+    parts = zip(
+        digits.split(4096), colors.split(4096), strict=True
+    )  # in parts, to limit the memory of float images
     images = torch.cat([(d * c).round().to(torch.uint8) for d, c in parts])
     return images, labels, num_classes
 
@@ -132,9 +131,9 @@ def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor,
         where = root / folder
         try:
             where.mkdir(parents=True, exist_ok=True)
-            with FileLock(where / ".lock"):  # one process downloads, the others find it there
+            with FileLock(where / ".lock"):  # one process downloads, the others wait
                 data: Any = getattr(datasets, class_name)(str(where), train=True, download=True)
-        except Exception as error:  # of networks, archives, and files that are half there
+        except Exception as error:  # errors of networks, archives and incomplete files
             raise InputError(
                 f"data.name: {folder} is not in {where} and could not be downloaded "
                 f"({str(error)[:120]}); put torchvision's {class_name} files there, or take "
@@ -163,7 +162,7 @@ DATASETS: dict[str, InMemory | type[ImageFolder]] = {
 def open_dataset(
     name: str, root: str, image_size: int, channels: int, workers: int, device: torch.device
 ) -> Dataset:
-    """The data set of that name, its images brought to the size and the channels asked for.
+    """Returns the data set with its images in the given size and channels (see fit).
 
     Raises InputError that names what is missing or unreadable.
     """
@@ -176,7 +175,7 @@ def open_dataset(
 
 
 def fit(images: Tensor, image_size: int, channels: int) -> Tensor:
-    """uint8 images (N, C, H, W) with the size and channels asked for; 28x28 is padded to 32x32."""
+    """Resizes uint8 images (N, C, H, W) and converts channels; pads 28x28 to 32x32."""
     from torchvision.transforms.v2 import functional as transforms
 
     if images.shape[1] == 3 and channels == 1:
@@ -184,6 +183,6 @@ def fit(images: Tensor, image_size: int, channels: int) -> Tensor:
     if images.shape[-2:] == (28, 28) and image_size == 32:
         images = torch.nn.functional.pad(images, (2, 2, 2, 2))
     elif images.shape[-2:] != (image_size, image_size):
-        parts = images.split(4096)  # as the resizing goes through float
+        parts = images.split(4096)  # in parts, as above
         images = torch.cat([transforms.resize(p, [image_size, image_size]) for p in parts])
     return images.expand(-1, channels, -1, -1).contiguous()

@@ -1,4 +1,4 @@
-"""How a network is called, fast: autocast, compilation, TF32. What it means stays the same."""
+"""How networks are run fast: autocast, compilation, TF32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import EngineConfig
+from pipeline.sections import EngineConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def allow_tf32(engine: EngineConfig) -> None:
-    """Lets GPUs multiply float32 in TF32, or not. Other devices take no notice."""
+    """Allows or forbids TF32 for float32 products on GPUs. Has no effect on other devices."""
     torch.set_float32_matmul_precision("high" if engine.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = engine.tf32
 
 
 def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
-    """As a checkpoint that may come from elsewhere is sampled: by its own engine on a GPU.
+    """Returns how to run a checkpoint for sampling: on a GPU as its own config says.
 
-    On a CPU eager and in float32, as neither half precision nor a minute of compilation pays there.
+    On a CPU eagerly and in float32, since half precision and compilation gain nothing there.
     """
     if device.type == "cuda":
         return engine
@@ -30,13 +30,13 @@ def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
 def accelerated(
     network: nn.Module, engine: EngineConfig, device: torch.device
 ) -> Callable[..., Tensor]:
-    """The network as losses and samplers call it: compiled and under autocast, if so asked.
+    """Returns the network, compiled and under autocast as the engine says.
 
-    Only the network runs in reduced precision; a Denoiser brings its output back to that of z, so
-    that schedule, decoding, target and loss are in float32.
+    Only the network runs in reduced precision: a Denoiser casts its output back to the type of z,
+    so that schedule, decoding, target and loss are in float32.
     """
     call: Callable[..., Tensor] = network
-    if engine.compile:  # for each batch size anew: one graph for all would be slower in each
+    if engine.compile:  # one graph for each batch size: faster than a dynamic one
         call = torch.compile(network, dynamic=False)
     if engine.precision == "fp32":
         return call

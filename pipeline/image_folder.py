@@ -1,4 +1,4 @@
-"""Any folder of images as a data set: checked when it is opened, streamed by worker processes."""
+"""A folder of images as a data set, checked when opened and streamed by worker processes."""
 
 import ctypes
 import multiprocessing
@@ -24,17 +24,17 @@ from torch import Tensor
 from utils.command import STOP_SIGNALS, DataError, InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-MOST_PIXELS = 2**26  # of one image: 256 MiB where it has four channels
-LONGEST = 16  # times the shorter side: of longer images only the middle is resized
-READERS = 8  # threads that look at the headers, which waits for the disk
+MOST_PIXELS = 2**26  # in one image: 256 MiB with four channels
+LONGEST = 16  # times the shorter side: longer images are cropped before resizing
+READERS = 8  # threads that read the headers
 
 
 class ImageFolder(torch.utils.data.Dataset[Any]):
-    """Every image below a folder, resized and centre-cropped; its folders are the classes.
+    """All images below a folder, resized and centre-cropped. Its subfolders are the classes.
 
-    If images lie in the folder itself there are no classes, and every label is -1. Hidden files and
-    folders are skipped. Transparent pixels are blended with black; a photo is turned as its EXIF
-    orientation says. Raises InputError that names the first file that is not an image.
+    If the folder itself contains images there are no classes, and every label is -1. Hidden files
+    and folders are skipped. Transparent pixels are blended with black, and the EXIF orientation is
+    applied. Raises InputError that names the first file that is not an image.
     """
 
     def __init__(self, root: Path, image_size: int, channels: int) -> None:
@@ -66,7 +66,7 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
-        """The image, or the error that names it: an exception would lose its type in a worker."""
+        """Returns image and label, or an error, which would lose its type if raised in a worker."""
         path = self.files[index]
         try:
             pixels = self._pixels(path)
@@ -78,16 +78,16 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
         return channels_last.permute(2, 0, 1).contiguous(), self.labels[index]
 
     def _pixels(self, path: Path) -> np.ndarray[Any, Any]:
-        if (error := _header_error(path)) is not None:  # it may have changed since
+        if (error := _header_error(path)) is not None:  # the file may have changed
             raise error
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             return np.asarray(self._fitted(_on_black(_upright(_eight_bits(image)), self.mode)))
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """The shorter side resized to image_size, the middle of the longer one kept.
+        """Resizes the shorter side to image_size and crops the longer one to its middle.
 
-        A very long image is cut to its middle before, so that it takes no more memory.
+        A very long image is cropped first, to limit the memory of resizing.
         """
         size, shorter = self.image_size, min(image.size)
         if max(image.size) > LONGEST * shorter:
@@ -102,7 +102,7 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
 
 
 def _header_error(path: Path) -> DataError | None:
-    """What is wrong with an image file, as far as its header tells; None if nothing is."""
+    """Returns what is wrong with an image file according to its header, or None."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return DataError(f"{path}: not a regular file; pipes, sockets and devices are not read")
@@ -120,7 +120,7 @@ def _header_error(path: Path) -> DataError | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16 bits a pixel brought to 8, as Pillow would saturate them; deeper images are refused."""
+    """Scales 16 bits a pixel to 8, which Pillow would clip. Raises ValueError for other depths."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -129,14 +129,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says, if it has one that can be read."""
+    """Applies the EXIF orientation, if there is one that can be read."""
     with suppress(Exception):
         return ImageOps.exif_transpose(image)
     return image
 
 
 def _on_black(image: Image.Image, mode: str) -> Image.Image:
-    """The image in the mode asked for, its transparent pixels blended with black."""
+    """Converts the image to the mode, with transparent pixels blended with black."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -153,16 +153,16 @@ class StreamedDataset:
 
     @property
     def num_images(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return len(self.files)
 
     @property
     def num_classes(self) -> int | None:
-        """How many folders of the first level there are."""
+        """The number of subfolders; None if the folder itself contains images."""
         return self.files.num_classes
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """See Dataset. Raises DataError for a file that cannot be read, or a worker that died."""
+        """See Dataset. Raises DataError for an unreadable file or a worker that died."""
         _require_file_descriptors(self.workers)
         loader = torch.utils.data.DataLoader(
             self.files,
@@ -176,8 +176,8 @@ class StreamedDataset:
         finished = False
         try:
             batches = iter(loader)
-            # torch reports a dead worker from a signal handler, wherever the main thread is just
-            # then; without it the loader finds out itself, between two batches.
+            # torch reports a dead worker from a signal handler, which may interrupt anything.
+            # Without the handler the loader notices between two batches.
             with suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             while (batch := _next(batches, self.workers)) is not None:
@@ -191,11 +191,11 @@ class StreamedDataset:
             finished = True
         finally:
             for worker in set(multiprocessing.active_children()) - others if not finished else ():
-                worker.kill()  # it may hang in a read, and ignores softer signals
+                worker.kill()  # it may hang in a read, and ignores other signals
 
 
 def _next(batches: Iterator[Any], workers: int) -> Any:
-    """The loader's next batch, None after the last. Raises DataError for a worker that died."""
+    """Returns the next batch, None after the last. Raises DataError if a worker died."""
     try:
         return next(batches, None)
     except (RuntimeError, OSError, EOFError) as error:
@@ -208,7 +208,7 @@ def _next(batches: Iterator[Any], workers: int) -> Any:
 
 
 def _require_file_descriptors(workers: int) -> None:
-    """Raises InputError where the system allows too few open files; asks it for more first."""
+    """Raises the limit of open files if needed, or InputError if that is not allowed."""
     needed = 64 + 16 * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if workers and soft != resource.RLIM_INFINITY and soft < needed:
@@ -228,8 +228,8 @@ def _collate(items: list[Any]) -> Any:
 
 
 def _begin_worker(parent: int, worker: int) -> None:
-    """Leaves signals to stop to the process that saves, and ends with that process."""
-    for number in STOP_SIGNALS:  # they reach all of its group
+    """Makes a worker ignore the signals to stop, and end when its parent does."""
+    for number in STOP_SIGNALS:  # they are sent to the whole process group
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

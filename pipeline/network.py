@@ -1,4 +1,4 @@
-"""From a config to its network, and a checkpoint's weights into it."""
+"""Builds the network and the schedule of a config, and loads weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +14,10 @@ from utils.command import InputError
 
 
 def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
-    """The config's network with fresh weights, in the memory format that the device likes.
+    """Returns the config's network with new random weights, in the device's fast memory format.
 
-    GPUs convolve channels_last. On a CPU that gains up to 5% on wide networks, but GroupNorm with
-    one channel a group, as small networks have it, then takes several times as long.
+    That is channels_last on GPUs. On a CPU it gains up to 5% on wide networks, but GroupNorm with
+    one channel a group, as in small networks, takes several times as long.
     """
     sizes = config.model.model_dump()
     if dropout is not None:
@@ -40,14 +40,14 @@ def build_schedule(config: Config) -> Schedule:
 
 
 def misfit(weights: Mapping[str, Tensor], config: Config) -> str:
-    """Returns which weights are missing, left over or of another shape; empty if all fit.
+    """Returns which weights are missing, left over or of another shape; "" if all fit.
 
-    The config's network is built without memory, so that no config can ask for too much.
+    Builds the config's network on the meta device, so that no config can exhaust the memory.
     """
     try:
         with torch.device("meta"):
             wanted = build_network(config, torch.device("meta")).state_dict()
-    except RuntimeError:  # sizes whose product is no number of bytes
+    except RuntimeError:  # the number of bytes overflows
         return "the config asks for a network larger than any memory"
     wrong = {
         "missing": [name for name in wanted if name not in weights],
@@ -66,7 +66,7 @@ def misfit(weights: Mapping[str, Tensor], config: Config) -> str:
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Puts the weights of a checkpoint into the network. Raises InputError if they do not fit."""
+    """Loads the weights into the network. Raises InputError with where if they do not fit."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -75,6 +75,6 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path)
 
 
 def matching_weights(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights that the network has too, under the same name and of the same shape."""
+    """Returns the weights whose name and shape the network has too."""
     own = network.state_dict()
     return {k: t for k, t in weights.items() if k in own and own[k].shape == t.shape}

@@ -1,4 +1,4 @@
-"""Writes samples: a grid, a GIF and a strip of their denoising, a folder of images, one .npz."""
+"""Writes samples: a grid, a GIF and a strip of the denoising, a folder of PNGs, or one .npz."""
 
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from utils.images import by_class, make_grid, save_gif, save_png, to_pillow
 def write_grid(
     path: Path, request: SampleRequest, count: int, trajectory: bool = False
 ) -> list[Path]:
-    """Writes a grid of images; with trajectory, a GIF and a strip of the denoising beside it.
+    """Writes a grid of images and, with trajectory, a GIF and a strip of the denoising.
 
-    The processes share a grid's images; a trajectory is drawn by one alone.
+    The processes share the images of a grid; a trajectory is drawn by rank 0 alone. Returns the
+    files.
     """
     if not trajectory:
         grid = make_grid(*by_class(request.draw_all(count), request.classes))
@@ -47,16 +48,16 @@ def write_grid(
     gif, png = path.with_suffix(".gif"), path.with_name(f"{path.stem}-strip.png")
     save_png(path, frames[-1], scale=2)
     save_gif(gif, frames)
-    # Two rows an image, z_t above and x_hat below; the last column is the image itself.
+    # Two rows for each image: z_t, and x_hat below; the last column is the image itself.
     tiles = rearrange(torch.stack(strip), "n b two c h w -> (b two n) c h w")
     save_png(png, make_grid(tiles, columns=len(strip)), scale=2)
     return [path, gif, png]
 
 
 def write_folder(folder: Path, request: SampleRequest, count: int) -> list[Path]:
-    """Writes 000000.png, 000001.png, .. into the folder.
+    """Writes 000000.png, 000001.png, .. into the folder, and returns the folder.
 
-    Raises InputError where it holds other pictures, which would be taken for some of these.
+    Raises InputError if it contains other pictures, which would be mistaken for samples.
     """
 
     def ours(path: Path) -> bool:
@@ -83,7 +84,7 @@ def _picture(folder: Path, index: int) -> Path:
 
 
 def write_npz(path: Path, request: SampleRequest, count: int) -> list[Path]:
-    """Writes one array arr_0, uint8 (N, H, W, C), as the common evaluation suites read it."""
+    """Writes one array arr_0, uint8 (N, H, W, C), the format of common evaluation suites."""
     images = request.draw_all(count, bar=True)
     if request.world.leads:
         with atomic_write(path) as file:

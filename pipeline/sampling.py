@@ -1,4 +1,4 @@
-"""From a checkpoint to images: the noise of each image, the sampler, batches, files."""
+"""Draws images from a checkpoint: noise, condition, sampler, batches."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ from utils.randomness import ImageNoise
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw: everything but which images, and where to.
+    """How to draw images: everything but which ones.
 
-    levels: the grid, on the CPU. classes: those of the images, in turn; None without classes.
-    guidance: the weight of classifier-free guidance.
+    levels: the grid, on the CPU. classes: image n gets class n mod len(classes); None without
+    classes. guidance: the weight of classifier-free guidance.
     """
 
     config: Config
@@ -54,18 +54,14 @@ class SampleRequest:
         guidance: float = 0.0,
         batch_size: int = 64,
     ) -> "SampleRequest":
-        """The request as the checkpoint would have it, but for what is given.
+        """Returns a request with the checkpoint's own settings for all that is not given.
 
-        Raises InputError for values that cannot be; warns of those that a distilled model was not
-        made for.
+        Raises InputError for invalid values; warns of those that a student was not distilled for.
         """
         sampling, own = checkpoint.config.sampling, checkpoint.num_steps
         if sampler is None:
             sampler = checkpoint.sampler or sampling.sampler
-        try:
-            make_sampler(sampler)
-        except ValueError as error:
-            raise InputError(f"--sampler: {error}") from None
+        require_sampler(sampler)
         if own and steps not in (None, own) and checkpoint.sampler == "ddim":
             warn(
                 f"this student was distilled for {own} steps: it learnt to jump between those "
@@ -95,16 +91,16 @@ class SampleRequest:
 
     @property
     def num_steps(self) -> int:
-        """How many steps are taken."""
+        """The number of sampling steps."""
         return len(self.levels) - 1
 
     def denoise(self, indices: Sequence[int]) -> Denoise:
-        """The denoiser of these images: with their classes, guided and clipped as asked for."""
+        """Returns the denoiser for these images, with classes, guidance and clipping."""
         device, condition = self.world.device, {}
         if self.classes is not None:
             labels = [self.classes[index % len(self.classes)] for index in indices]
             condition["label"] = torch.tensor(labels, device=device)
-        takes_guidance = self.config.model.guidance  # by itself, as a student of guided teachers
+        takes_guidance = self.config.model.guidance  # as a student of guided teachers does
         if takes_guidance or self.guidance:
             condition["guidance"] = torch.full((len(indices),), self.guidance, device=device)
         guides = self.guidance and not takes_guidance
@@ -112,9 +108,9 @@ class SampleRequest:
         return clipped(denoise) if self.clip else denoise
 
     def sample(self, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
-        """The images of these indices, float, in the model's range or near it, (B, C, H, W).
+        """Returns the images of these indices: float (B, C, H, W), about in the model's range.
 
-        Each is a function of the seed and its index alone, but for rounding.
+        Each is a function of the seed and its index alone, apart from rounding.
         """
         device = self.world.device
         noise = ImageNoise(self.seed, indices, image_shape(self.config), device)
@@ -134,18 +130,18 @@ class SampleRequest:
             )
 
     def draw(self, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
-        """The uint8 images of these indices, on the CPU."""
+        """Returns the uint8 images of these indices, on the CPU."""
         return decode(self.sample(indices, on_step)).cpu().contiguous()
 
     def draw_all(self, count: int, bar: bool = False) -> Tensor:
-        """The first images, uint8: each process draws its share of them, and all get all."""
+        """Returns the first `count` images, uint8. The processes share the work; each gets all."""
         images = torch.zeros(count, *image_shape(self.config), dtype=torch.uint8)
         for indices, drawn in self.batches(count, bar):
             images[indices.start : indices.stop] = drawn
         return self.world.sum(images.to(self.world.device)).cpu()
 
     def batches(self, count: int, bar: bool = True) -> Iterator[tuple[range, Tensor]]:
-        """This process's share of the first images, a batch at a time."""
+        """Yields this process's share of the first `count` images, a batch at a time."""
         size = min(self.batch_size, math.ceil(count / self.world.size))
         parts = [range(start, min(count, start + size)) for start in range(0, count, size)]
         return self.shared(parts, bar=bar)
@@ -153,9 +149,9 @@ class SampleRequest:
     def shared(
         self, parts: Sequence[range], raw: bool = False, title: str = "images", bar: bool = True
     ) -> Iterator[tuple[range, Tensor]]:
-        """Draws this process's share of the parts of the images; yields each with its indices.
+        """Draws this process's share of the parts, and yields each with its indices.
 
-        raw: as floats of the model's range (see sample), otherwise uint8.
+        raw: as floats (see sample), otherwise uint8.
         """
         rank, size, draw = self.world.rank, self.world.size, self.sample if raw else self.draw
         total = sum(len(part) for part in parts)
@@ -165,6 +161,14 @@ class SampleRequest:
                 batches = [range(s, min(s + self.batch_size, parts[n].stop)) for s in starts]
                 yield parts[n], torch.cat([draw(batch).cpu() for batch in batches])
                 done.update(sum(len(part) for part in parts[n - rank : n - rank + size]))
+
+
+def require_sampler(name: str) -> None:
+    """Raises InputError unless there is a sampler of that name."""
+    try:
+        make_sampler(name)
+    except ValueError as error:
+        raise InputError(f"--sampler: {error}") from None
 
 
 def _require_guidable(weight: float, checkpoint: Checkpoint) -> None:

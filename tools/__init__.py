@@ -1,1 +1,1 @@
-"""Commands that run once: publishing, and formats of others."""
+"""Commands that run once: publishing, and converting other formats."""

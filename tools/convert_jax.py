@@ -1,7 +1,7 @@
-"""Reads the paper's released checkpoints: python -m tools.convert_jax CHECKPOINT --config_path ..
+"""Converts the paper's checkpoints: python -m tools.convert_jax CHECKPOINT --config_path ..
 
-The original (JAX, flax) writes one msgpack map {step, optimizer, ema_params, num_sample_steps}. No
-JAX is needed to read it, and nothing in it is executed.
+The original (JAX, flax) writes one msgpack map {step, optimizer, ema_params, num_sample_steps}.
+Reading it needs no JAX and runs no code.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.command import InputError, parse, path_name, run_command, say
+from utils.command import InputError, path_name, run_script, say
 from utils.files import require_regular_file
 
 if TYPE_CHECKING:
@@ -25,20 +25,20 @@ a .safetensors file that sample.py, distill.py and evaluate.py take."""
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and converts. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("checkpoint", type=path_name, help="of the original, a msgpack file")
-    parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--output", type=path_name, required=True, metavar="FILE.safetensors")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: convert(arguments))
+    add = parser.add_argument
+    add("checkpoint", type=path_name, help="a msgpack file of the original")
+    add("--config_path", type=path_name, required=True, metavar="FILE.yaml")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--output", type=path_name, required=True, metavar="FILE.safetensors")
+    return run_script(parser, argv, convert)
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Reads, checks every name and shape, and writes."""
-    from pipeline.checkpoint import Checkpoint, publish_checkpoint, require_name
+    """Reads the checkpoint, checks every name and shape, and writes it as .safetensors."""
+    from pipeline.checkpoint import Checkpoint, progressive_student, publish_checkpoint
+    from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
+    from pipeline.network import misfit
 
     if arguments.output.suffix != ".safetensors":
         raise InputError(f"--output {arguments.output}: give a name that ends in .safetensors")
@@ -50,9 +50,12 @@ def convert(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"{arguments.checkpoint}: has no ema_params; not a checkpoint of the paper"
         )
-    levels = len(config.model.channel_multipliers)
-    model = state_dict_of(weights, levels, arguments.checkpoint)
-    require_fit(model, config, arguments.checkpoint, arguments.config_path)
+    resolutions = len(config.model.channel_multipliers)
+    model = state_dict_of(weights, resolutions, arguments.checkpoint)
+    if wrong := misfit(model, config):
+        raise InputError(
+            f"{arguments.checkpoint}: not the network of {arguments.config_path}: {wrong}"
+        )
     update, steps = content.get("step"), content.get("num_sample_steps")
     for name, value, most in (("step", update, 2**31), ("num_sample_steps", steps, 2**20)):
         if not (value is None or (isinstance(value, int) and 0 <= value <= most)):
@@ -64,8 +67,8 @@ def convert(arguments: argparse.Namespace) -> None:
         config=config,
         update=int(update or 0),
         stage=0 if num_steps is None else 1,
-        num_steps=num_steps,
         model=model,
+        **(progressive_student(config, num_steps) if num_steps else {}),
     )
     publish_checkpoint(arguments.output, checkpoint, half=False)
     made_for = "a base model" if num_steps is None else f"a student of {num_steps} steps"
@@ -83,7 +86,7 @@ DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "uint32
 
 
 def read_msgpack(path: Path) -> dict[str, Any]:
-    """The map in the file, arrays as tensors. Raises InputError that says what is wrong."""
+    """Returns the map in the file, with arrays as tensors. Raises InputError for other files."""
     import msgpack
 
     if path.exists():
@@ -107,7 +110,7 @@ def read_msgpack(path: Path) -> dict[str, Any]:
 
 
 def _extension(code: int, data: bytes) -> Any:
-    """A tensor of (shape, dtype's name, bytes in C order), or a Python number."""
+    """Returns a tensor made from (shape, dtype's name, bytes in C order), or a number."""
     import msgpack
     import numpy as np
     import torch
@@ -130,7 +133,7 @@ def _extension(code: int, data: bytes) -> Any:
 
 
 def _joined(value: Any) -> Any:
-    """The same with arrays whole that flax had cut into chunks of a gigabyte."""
+    """Returns the value with the arrays joined that flax splits into chunks of a gigabyte."""
     import torch
 
     if not isinstance(value, dict):
@@ -173,7 +176,7 @@ def _block(name: str, p: Parameters) -> State:
 
 
 def _attention(name: str, p: Parameters) -> State:
-    """q, k, v of (C, heads, width) become one matrix; channel = head * width + d."""
+    """Joins q, k, v of (C, heads, width) into one matrix; channel = head * width + d."""
     import torch
 
     weights = torch.cat([p[part]["kernel"].flatten(1).T for part in "qkv"])
@@ -205,14 +208,14 @@ FIXED: dict[str, tuple[Part, str]] = {
 }
 
 
-def _place_of(key: str, levels: int) -> tuple[Part, str]:
-    """What a key of the original is, and its name here: down_0.block_1, up_2.upsample, .."""
+def _place_of(key: str, resolutions: int) -> tuple[Part, str]:
+    """Returns the converter and our name for a key such as down_0.block_1 or up_2.upsample."""
     if key in FIXED:
         return FIXED[key]
     where, _, part = key.partition(".")
-    way, _, level = where.partition("_")
+    way, _, index = where.partition("_")
     kind, _, number = part.partition("_")
-    at = f"{way}.{int(level) if way == 'down' else levels - 1 - int(level)}"
+    at = f"{way}.{int(index) if way == 'down' else resolutions - 1 - int(index)}"
     if way in ("down", "up") and kind == "block":
         return _block, f"{at}.blocks.{int(number)}"
     if way in ("down", "up") and kind == "attn":
@@ -222,30 +225,21 @@ def _place_of(key: str, levels: int) -> tuple[Part, str]:
     raise KeyError(key)
 
 
-def state_dict_of(parameters: Parameters, levels: int, path: Path) -> State:
-    """The original's parameters under our names, axes in torch's order, in float32.
+def state_dict_of(parameters: Parameters, resolutions: int, path: Path) -> State:
+    """Returns the original's parameters under our names, axes in torch's order, in float32.
 
-    Raises InputError that names a part which is no part of the paper's network.
+    Raises InputError that names the first part which the paper's network does not have.
     """
     state: State = {}
     for key, value in parameters.items():
         try:
-            convert_part, name = _place_of(key, levels)
+            convert_part, name = _place_of(key, resolutions)
             state |= {n: t.float().contiguous() for n, t in convert_part(name, value).items()}
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError):
             raise InputError(
                 f"{path}: its {key!r} is not a part of the paper's network as it should be"
             ) from None
     return state
-
-
-def require_fit(state: State, config: Any, path: Path, config_path: Path) -> None:
-    """Raises InputError that says which weights are missing, left over, or of another shape."""
-    from pipeline.network import misfit
-
-    found = misfit(state, config)
-    if found:
-        raise InputError(f"{path}: not the network of {config_path}: {found}")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,36 @@
-"""Makes files for others: python -m tools.publish --checkpoint A.pt B.pt --name mnist."""
+"""Publishes checkpoints: python -m tools.publish --checkpoint A.pt B.pt --name mnist."""
 
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from utils.command import InputError, parse, path_name, run_command, say
+from utils.command import InputError, path_name, run_script, say
 
 DESCRIPTION = """\
-Write checkpoints as .safetensors that hold the weights to sample with and say what they are:
-<name>-teacher of a base model, <name>-8-steps or <name>-1-step of a student. sample.py, distill.py
-and evaluate.py take them as they take their own."""
+Write checkpoints as self-describing .safetensors with the weights to sample from: <name>-teacher
+for a base model, <name>-8-steps or <name>-1-step for a student. sample.py, distill.py and
+evaluate.py take them like any other checkpoint."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and writes the files. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
-    parser.add_argument("--checkpoint", type=path_name, nargs="+", required=True, metavar="FILE.pt")
-    parser.add_argument("--name", required=True, help="what the files' names begin with")
-    parser.add_argument(
-        "--output", type=path_name, required=True, metavar="DIR", help="files of the same name go"
-    )
-    parser.add_argument("--half", action="store_true", help="in float16: half as large")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(
-        lambda: publish(arguments.checkpoint, arguments.name, arguments.output, arguments.half)
-    )
+    add = parser.add_argument
+    add("--checkpoint", type=path_name, nargs="+", required=True, metavar="FILE.pt")
+    add("--name", required=True, help="the first part of the files' names")
+    add("--output", type=path_name, required=True, metavar="DIR", help="replaces equal names")
+    add("--half", action="store_true", help="in float16: half as large")
+    return run_script(parser, argv, publish)
 
 
-def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
-    """Writes each checkpoint; a student goes on naming its teacher where that is among them."""
+def publish(arguments: argparse.Namespace) -> None:
+    """Writes each checkpoint. A student's lineage names its teacher as published, if it is."""
     from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint
 
+    name = arguments.name
     if not name.strip() or name[0] in ".-" or "/" in name or not name.isprintable():
         raise InputError(f"--name {name!r}: not what file names begin with; take e.g. mnist")
-    checkpoints = [load_checkpoint(path) for path in paths]
+    checkpoints = [load_checkpoint(path) for path in arguments.checkpoint]
     steps_of = [checkpoint.num_steps for checkpoint in checkpoints]
     if len(set(steps_of)) < len(steps_of):
         raise InputError("--checkpoint: two of them would have one name; publish each alone")
@@ -44,10 +38,10 @@ def publish(paths: list[Path], name: str, output: Path, half: bool) -> None:
     for checkpoint in sorted(checkpoints, key=lambda c: c.stage):
         steps = checkpoint.num_steps
         made_for = "teacher" if steps is None else f"{steps}-step{'' if steps == 1 else 's'}"
-        path = output / f"{name}-{made_for}.safetensors"
+        path = arguments.output / f"{name}-{made_for}.safetensors"
         teacher = checkpoint.lineage.get("teacher", "")
         lineage = {"teacher": renamed.get(teacher, teacher)} if teacher else {}
-        publish_checkpoint(path, replace(checkpoint, lineage=lineage), half)
+        publish_checkpoint(path, replace(checkpoint, lineage=lineage), arguments.half)
         renamed[digest(checkpoint.weights)] = digest(load_checkpoint(path).weights)
         say(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 

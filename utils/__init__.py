@@ -1,1 +1,1 @@
-"""Plumbing: config, data, checkpoints, the training loop, images, logging."""
+"""Plumbing that knows nothing of diffusion: command line, files, images, processes, YAML."""

@@ -1,6 +1,6 @@
-"""What every script has in common: its arguments, its errors in one line, its exit codes.
+"""What all scripts share: arguments, one-line errors, exit codes, signals.
 
-Imports nothing heavy, so that --help answers at once.
+Imports nothing slow, so that --help answers at once.
 """
 
 import argparse
@@ -9,131 +9,69 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from utils.terminal import Terminal as Terminal
+from utils.terminal import leads, printable, safe_streams
+from utils.terminal import say as say
+from utils.terminal import warn as warn
+
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
-# Ctrl-C, a closed terminal, kill, a batch system's limit of CPU time: each ends a run with a save.
+# Ctrl-C, a closed terminal, kill, a batch system's CPU limit: a run saves and ends.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGXCPU)
-STALLED = 10  # seconds without an image, after a request to stop
+STALLED = 10  # seconds to wait for the next images after a request to stop
 GO_ON = "run the same command again to go on"
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: one line with the file, the key and what would be right."""
+    """Bad input, described in one line: the file, the key, what is wrong, what would be right."""
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint that cannot be read whole: there may be one before it."""
+    """A checkpoint is truncated or altered. An earlier one of the run may still be whole."""
 
 
 class DataError(InputError):
-    """An image cannot be read. Raised between two updates, so that what was learnt can be saved."""
+    """An image cannot be read. Raised between two updates, so that the run can be saved first."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, has saved, and says where."""
-
-
-# --- what is printed ----------------------------------------------------------------------------
-
-
-class Terminal:
-    """A standard stream that never raises: a closed, full or broken one is written to no more.
-
-    Letters that its encoding lacks are escaped. So the work alone decides the exit code.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Writes the text, or nothing."""
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        try:
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):  # ValueError: it is closed
-            self._give_up()
-        return len(text)
-
-    def flush(self) -> None:
-        """Writes what is buffered, or drops it."""
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self._give_up()
-
-    def _give_up(self) -> None:
-        # The interpreter writes what is buffered once more when it ends, and would fail.
-        with suppress(OSError, ValueError), open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), self.stream.fileno())
-
-
-@contextmanager
-def safe_streams() -> Iterator[None]:
-    """Standard output and standard error never raise while the block runs."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: the next file opened, perhaps a checkpoint, would take its number
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    with ExitStack() as stack:
-        null = stack.enter_context(open(os.devnull, "w"))
-        out, err = Terminal(sys.stdout or null), Terminal(sys.stderr or null)
-        stack.enter_context(redirect_stdout(out))
-        stack.enter_context(redirect_stderr(err))
-        try:
-            yield
-        finally:
-            out.flush()
-            err.flush()
-
-
-def printable(text: object) -> str:
-    """The text with control characters escaped, which a terminal would obey; newlines stay."""
-    return "".join(
-        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
-
-
-def leads() -> bool:
-    """Whether this process is the one of its run that speaks: torchrun's first, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(message: str) -> None:
-    """One line on standard output, once for a run of several processes."""
-    if leads():
-        print(printable(message), flush=True)
-
-
-def warn(message: str) -> None:
-    """One line on standard error, once for a run of several processes."""
-    if leads():
-        print(printable(f"warning: {message}"), file=sys.stderr)
+    """The run was asked to stop and has saved; the message says where."""
 
 
 def _fail(message: str, code: int) -> int:
-    # An error may be that of one machine alone, so every process tells its own.
+    # Every process prints its own error, which may concern its machine alone.
     who = "" if leads() else f"rank {os.environ['RANK']}: "
     print(printable(who + " ".join(message.split())), file=sys.stderr)
     return code
 
 
-# --- a script from its arguments to its exit code -------------------------------------------------
+def run_script(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    work: Callable[[argparse.Namespace], None],
+    then: str = "",
+) -> int:
+    """Parses the command line, does the work with the arguments and returns the exit code.
+
+    then: what the user can do after stopping it. See run_command.
+    """
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    if getattr(arguments, "restart", False):
+        then += ", but without --restart, which would DELETE it"
+    return run_command(lambda: work(arguments), then)
 
 
 @safe_streams()
 def run_command(work: Callable[[], None], then: str = "") -> int:
-    """Does the work and gives the exit code: 0, 2 with one line on bad input, 130 after Ctrl-C.
+    """Does the work and returns the exit code: 0, 2 with one line on bad input, 130 if stopped.
 
-    then: what a user who has stopped it may do.
+    then: what the user can do after stopping it.
     """
     try:
         with ExitStack() as stack:
@@ -159,8 +97,8 @@ def run_command(work: Callable[[], None], then: str = "") -> int:
     return OK
 
 
-# What torch says of GPUs, of its allocator and of sizes beyond any, to import whose errors takes
-# too long, and the loader of shared libraries of a limited address space.
+# How torch, its allocator and the loader of shared libraries say it. The messages are compared
+# because importing torch for its exception classes would be slow.
 _OUT_OF_MEMORY = re.compile(
     "out of memory|can(no|')t allocate memory|not enough memory|failed to map segment",
     re.IGNORECASE,
@@ -169,7 +107,7 @@ _OUT_OF_MEMORY = re.compile(
 
 @safe_streams()
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace | int:
-    """The parsed arguments, or the exit code where the answer is already given."""
+    """Returns the parsed arguments, or the exit code after --help or a usage error."""
     parser.error = _refuse  # type: ignore[method-assign]
     try:
         return parser.parse_args(argv)
@@ -184,10 +122,10 @@ def _refuse(message: str) -> NoReturn:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argument's type: a whole number of this range."""
+    """Returns an argparse type: a whole number from low to high."""
 
     def number(text: str) -> int:
-        with suppress(ValueError):  # also of thousands of digits
+        with suppress(ValueError):  # int() also refuses thousands of digits
             if low <= (value := int(text)) <= high:
                 return value
         raise argparse.ArgumentTypeError(f"{text[:40]}: take a whole number from {low} to {high}")
@@ -199,44 +137,28 @@ SEED = whole_number(-(2**63), 2**63)
 
 
 def path_name(text: str) -> Path:
-    """An argument's type: the path of a file or folder. The empty one is not the current folder."""
+    """An argparse type: the path of a file or folder. Empty names are refused."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r}: not the name of a file or folder")
     return Path(text)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that mean the same in every script that trains."""
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set any value of the config, e.g. --set training.batch_size=64 model.channels=32",
-    )
-    parser.add_argument("--output", type=path_name, metavar="DIR", help="where the results go")
-    parser.add_argument(
-        "--restart",
-        action="store_true",
-        help="DELETE the checkpoints of an earlier run in the output folder and begin anew",
-    )
-    parser.add_argument(
-        "--print_config",
-        action="store_true",
-        help="print the whole config, checked, as YAML that --config_path reads, and stop",
-    )
+    """Adds the options of every script that trains, --device included."""
+    add = parser.add_argument
+    example = "set any value of the config, e.g. --set training.batch_size=64 model.channels=32"
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=example)
+    add("--output", type=path_name, metavar="DIR", help="where the results go")
+    restart = "DELETE the checkpoints of an earlier run in the output folder and begin anew"
+    add("--restart", action="store_true", help=restart)
+    config = "print the whole config, checked, as YAML that --config_path reads, and stop"
+    add("--print_config", action="store_true", help=config)
     add_device_argument(parser)
 
 
-def to_go_on(restart: bool) -> str:
-    """What a user who has stopped a run may do; restart: the run was begun so."""
-    return f"{GO_ON}, but without --restart, which would DELETE it" if restart else GO_ON
-
-
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """--device."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ..; by default a GPU where one is")
+    """Adds --device."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ..; by default a GPU if there is one")
 
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -244,15 +166,15 @@ Handler = Callable[[int, FrameType | None], Any]
 
 @contextmanager
 def handled(number: int, handler: Handler) -> Iterator[None]:
-    """Has a signal handled so while the block runs, where this is the main thread.
+    """Installs a signal handler while the block runs; does nothing outside the main thread.
 
-    A signal that is ignored stays so, as nohup has it of SIGHUP; but for Ctrl-C, which shells
-    ignore for what they start in the background.
+    A signal that is ignored, as nohup does with SIGHUP, stays ignored. Ctrl-C is the exception:
+    shells ignore it for background jobs.
     """
     ignored = number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
     try:
         before = signal.SIG_IGN if ignored else signal.signal(number, handler)
-    except ValueError:  # another thread: whoever owns the main one sees to signals
+    except ValueError:  # only the main thread may install handlers
         ignored = True
     if ignored:
         yield
@@ -267,19 +189,20 @@ Batch = TypeVar("Batch")
 
 
 class StopRequest:
-    """Whether a signal to stop has come; asked at the end of each update, when a save is whole.
+    """Records a signal to stop, for a loop that checks it between two updates.
 
-    urgent: nothing would be lost now, so that a signal need not wait. waiting: for the next images,
-    between two updates; if none come for STALLED seconds after a request, DataError is raised.
+    requested: a signal has come. urgent: set while nothing could be lost, so that a signal stops
+    the run at once. waiting: set while the loop waits for images; if none come within STALLED
+    seconds of a request, DataError is raised.
     """
 
     def __init__(self) -> None:
         self.requested = self.urgent = self.insisted = self.waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Only people insist: of a closed terminal the shell tells too, of CPU time each second.
+        # Only these two count as asking again: SIGHUP may come twice, SIGXCPU comes every second.
         insists = number in (signal.SIGINT, signal.SIGTERM)
-        if self.urgent or (insists and self.insisted):  # the second one does not wait
+        if self.urgent or (insists and self.insisted):  # asked twice: do not wait
             raise KeyboardInterrupt
         self.insisted |= insists
         if not self.requested:
@@ -290,7 +213,7 @@ class StopRequest:
                 signal.setitimer(signal.ITIMER_REAL, STALLED)
 
     def between(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; waiting is set while the next one is waited for."""
+        """Yields the batches, with waiting set while the next one is fetched."""
         iterator = iter(batches)
         while True:
             self.waiting = True
@@ -309,7 +232,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns the signals to stop into a request while the block runs."""
+    """Yields a StopRequest that records the signals to stop while the block runs."""
     stop = StopRequest()
     with ExitStack() as stack:
         for number in STOP_SIGNALS:

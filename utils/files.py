@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a temporary name, a flush, a rename."""
+"""Atomic file writes, and checks of paths."""
 
 import errno
 import os
@@ -13,9 +13,9 @@ from utils.command import InputError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the path's place when the block ends well, and only then.
+    """Yields a temporary file that replaces the path if the block succeeds; deletes it otherwise.
 
-    Raises OSError that names the path, whatever a full disk made the writer in the block raise.
+    Raises OSError with the path if the disk is full, even if the writer raised another error.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -29,20 +29,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):  # torch.save hides it behind an error of its own
+        if isinstance(cause, OSError):  # torch.save raises a RuntimeError in its place
             raise OSError(cause.errno, f"not written: {cause.strerror}", str(path)) from None
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """The text as the whole content of the file."""
+    """Replaces the content of the file by the text."""
     with atomic_write(path) as file:
-        file.write(text.encode(errors="backslashreplace"))  # file names may hold what is no letter
+        file.write(text.encode(errors="backslashreplace"))  # file names may contain lone surrogates
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError of the block the path: that of a full disk names no file."""
+    """Adds the path to an OSError of the block: that of a full disk names no file."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Creates the folder and those above it. Raises InputError where one of them is a file."""
+    """Creates the folder and its parents. Raises InputError if one of them is a file."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -59,10 +59,10 @@ def make_folder(path: Path) -> None:
 
 
 def require_regular_file(path: Path) -> None:
-    """Raises InputError unless the path is a regular file, so that opening it cannot block.
+    """Raises InputError for a pipe, socket or device, which could block when opened.
 
-    Symbolic links are followed. Raises FileNotFoundError, PermissionError and IsADirectoryError
-    as open() does.
+    Follows symbolic links. Raises FileNotFoundError, PermissionError and IsADirectoryError as
+    open() does.
     """
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):

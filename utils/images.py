@@ -1,8 +1,9 @@
-"""Images at the edges: uint8 <-> the model's range, grids, PNG and GIF files."""
+"""Grids of images, and PNG and GIF files."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,13 +14,13 @@ from utils.files import atomic_write
 
 
 def to_pillow(image: Tensor) -> Image.Image:
-    """One uint8 image (C, H, W) of 1 or 3 channels as a Pillow image."""
+    """Returns a uint8 image (C, H, W) of 1 or 3 channels as a Pillow image."""
     array = rearrange(image.cpu(), "c h w -> h w c").squeeze(-1).numpy()
     return Image.fromarray(array)
 
 
 def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """uint8 images (B, C, H, W) in rows of so many columns (by default a square), (C, H', W')."""
+    """Tiles uint8 images (B, C, H, W) into one (C, H', W'), by default about a square."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = images.new_zeros(rows * columns - len(images), *images.shape[1:])
@@ -29,16 +30,22 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tenso
 
 
 def by_class(images: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, int | None]:
-    """Images whose classes take turns, brought into a row for each; and how many columns that is.
+    """Sorts images drawn for the classes in turn, for a grid with one row for each class.
 
-    Those beyond the last whole turn are left out. Without classes, or of one alone, the images as
-    they are, and None.
+    Returns the images, without those of an incomplete last turn, and the number of columns. With
+    fewer than two classes: the images as they are, and None.
     """
     turns = len(images) // len(classes) if classes else 0
     if classes is None or len(classes) == 1 or not turns:
         return images, None
     whole = images[: turns * len(classes)]
     return rearrange(whole, "(n k) c h w -> (k n) c h w", k=len(classes)), turns
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Writes a matplotlib figure as PNG."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)
 
 
 def save_png(path: Path, image: Tensor, scale: int = 1) -> None:
@@ -49,15 +56,9 @@ def save_png(path: Path, image: Tensor, scale: int = 1) -> None:
 
 
 def save_gif(path: Path, frames: Sequence[Tensor], scale: int = 2, milliseconds: int = 80) -> None:
-    """Writes uint8 images (C, H, W) as an animation that rests on its last frame."""
+    """Writes uint8 images (C, H, W) as an animation that pauses on its last frame."""
     images = [to_pillow(f.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for f in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
     with atomic_write(path) as file:
-        images[0].save(
-            file,
-            format="GIF",
-            save_all=True,
-            append_images=images[1:],
-            duration=durations,
-            loop=0,
-        )
+        later = images[1:]
+        images[0].save(file, "GIF", save_all=True, append_images=later, duration=durations, loop=0)

@@ -1,6 +1,6 @@
-"""Several processes (torchrun): which one this is, and what all of them agree on.
+"""Distributed runs (torchrun): ranks, sums and agreement between processes.
 
-Without torchrun there is one process, and everything here costs nothing.
+Without torchrun there is one process, and everything here is free.
 """
 
 import os
@@ -13,12 +13,12 @@ from torch import Tensor, distributed, nn
 
 from utils.command import InputError, warn
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes, of which rank 0 writes, prints and draws; device: this one's."""
+    """This process: its rank among `size` processes, and its device. Rank 0 writes and prints."""
 
     device: torch.device
     rank: int = 0
@@ -26,17 +26,17 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process is rank 0, which writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sums over all processes, in place, and returns the sum."""
         if self.size > 1:
             distributed.all_reduce(values)
         return values
 
     def agree(self, value: int) -> int:
-        """Rank 0's value, for all."""
+        """Returns rank 0's value on every process."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
@@ -44,7 +44,7 @@ class World:
         return int(tensor)
 
     def agree_on(self, text: str) -> str:
-        """Rank 0's text, for all."""
+        """Returns rank 0's text on every process."""
         if self.size == 1:
             return text
         size = self.agree(len(text.encode()))
@@ -53,16 +53,16 @@ class World:
         return bytes(letters.tolist()).decode()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in some process, for all."""
+        """Returns whether the flag is set on any process."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process gets here."""
         if self.size > 1:
             self.sum(torch.zeros(1, device=self.device))
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """The network, its gradients averaged over all processes."""
+        """Returns the network with its gradients averaged over all processes."""
         if self.size == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -71,9 +71,9 @@ class World:
 
 @contextmanager
 def join_world(device_name: str | None) -> Iterator[World]:
-    """This process among those that torchrun started, or alone, on the device asked for.
+    """Yields this process's World on the device, connected to the others that torchrun started.
 
-    NCCL connects GPUs, gloo CPUs. Raises InputError for a device that is not there.
+    GPUs use NCCL, CPUs gloo. Raises InputError for a missing device, or if connecting fails.
     """
     launched = was_launched()
     if launched and device_name in (None, "cuda") and torch.cuda.is_available():
@@ -102,9 +102,9 @@ def join_world(device_name: str | None) -> Iterator[World]:
 
 
 def was_launched() -> bool:
-    """Whether torchrun, or something like it, has started this process as one of several.
+    """Returns whether torchrun, or a similar launcher, has started this process.
 
-    Raises InputError for a part of the environment that torchrun sets, or one that cannot be.
+    Raises InputError if its environment variables are incomplete or invalid.
     """
     values = {name: os.environ.get(name) for name in LAUNCHED}
     alone = values["WORLD_SIZE"] is None or values["MASTER_ADDR"] is None
@@ -122,7 +122,7 @@ def was_launched() -> bool:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or a GPU where there is one, or the CPU. A GPU has its index."""
+    """Returns the device, with a GPU's index. None: a GPU if there is one, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,17 +1,17 @@
-"""Progress bars: rate and time left, often where somebody looks, seldom in a log file."""
+"""Progress bars with rate and time left."""
 
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
-from utils.command import leads, printable
+from utils.terminal import leads, printable
 
 
 def progress_bar(
     total: int, title: str, unit: str, initial: int = 0, leave: bool = True, shown: bool = True
 ) -> Any:
-    """A tqdm bar on standard error; in a file a line every half minute."""
+    """Returns a tqdm bar on standard error. In a log file it writes a line every half minute."""
     return tqdm(
         total=total,
         initial=initial,

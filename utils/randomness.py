@@ -1,4 +1,4 @@
-"""Randomness as a pure function of what it is for: nothing depends on what was drawn before."""
+"""Randomness as a pure function of a key: nothing depends on earlier draws."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator whose state is a function of the key alone, e.g. (seed, stage, update)."""
+    """Returns a generator seeded by the key alone, e.g. (seed, stage, update)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, stage: int, update: int) -> Tensor:
-    """Which images the update sees: every epoch is a permutation of all of them, end to end.
+    """Returns the indices of an update's images. Each epoch is a new permutation of all images.
 
-    A function of its arguments alone, so that a resumed run sees what it would have seen.
+    A function of its arguments alone, so that a resumed run sees the same images.
     """
     start = update * batch_size
     parts = []
@@ -36,10 +36,10 @@ def _permutation(num_images: int, seed: int, stage: int, epoch: int) -> Tensor:
 
 
 class ImageNoise:
-    """The noise of sampled images, each a function of (seed, image index) and nothing else.
+    """Noise for sampling images, a function of (seed, image index) alone.
 
-    The first draw is where a sampler starts, later ones are what it adds on the way. shape: of one
-    image, (C, H, W). Drawn on the CPU, so that every device and batch size gives the same images.
+    The first draw is the initial z, later ones are for stochastic samplers. shape: (C, H, W) of one
+    image. Drawn on the CPU, so that the noise is the same for every device and batch size.
     """
 
     def __init__(
@@ -49,6 +49,6 @@ class ImageNoise:
         self.shape, self.device = shape, device
 
     def draw(self) -> Tensor:
-        """Standard normal noise, (B, C, H, W) in float32."""
+        """Returns the next standard normal noise, float32 (B, C, H, W)."""
         images = [torch.randn(self.shape, generator=g) for g in self.generators]
         return torch.stack(images).to(self.device)

@@ -1,4 +1,4 @@
-"""YAML files, read strictly: no aliases, no key twice, numbers and words as YAML 1.2 has them."""
+"""YAML read strictly: scalars as in YAML 1.2, no aliases, no duplicate keys."""
 
 import difflib
 import re
@@ -13,12 +13,12 @@ from utils.files import require_regular_file
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML with the 1.2 core schema's scalars, no aliases, and no key given twice."""
+    """Loads YAML with the scalars of the 1.2 core schema, no aliases, no duplicate keys."""
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuses aliases, by which a short file can name a very large value."""
+        """Refuses aliases, with which a short file can expand to a very large value."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not taken", mark)
@@ -47,11 +47,11 @@ for _tag, _pattern, _first in (
 
 
 def _construct_int(loader: StrictLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # 010 is ten, as in YAML 1.2
+    return int(loader.construct_scalar(node))  # 010 is 10, as in YAML 1.2
 
 
 class StrictDumper(yaml.SafeDumper):
-    """Writes YAML that StrictLoader reads: quotes whatever either version takes for no text."""
+    """Writes YAML for StrictLoader: quotes strings that YAML 1.1 or 1.2 would not read as one."""
 
 
 for _first, _resolvers in StrictLoader.yaml_implicit_resolvers.items():
@@ -63,7 +63,7 @@ StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The YAML document in the text. Raises InputError with the line where it is not one."""
+    """Returns the YAML document in the text. Raises InputError with the line of an error."""
     try:
         return yaml.load(text, Loader=StrictLoader)
     except yaml.MarkedYAMLError as error:
@@ -71,17 +71,17 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: {line}{error.problem}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
-    except Exception as error:  # tags such as !!timestamp raise what they like
+    except Exception as error:  # constructors of tags such as !!timestamp raise anything
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
 
 
 def write_yaml(values: dict[str, Any]) -> str:
-    """Returns the values as YAML in blocks, as read_yaml reads it."""
+    """Returns the values as YAML text in block style."""
     return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, width=10**6).rstrip("\n")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns the mapping in the file. Raises InputError that names the file, and the line."""
+    """Returns the mapping in the file. Raises InputError with the file and the line."""
     try:
         require_regular_file(path)
         text = path.read_text(encoding="utf-8")

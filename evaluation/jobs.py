@@ -1,0 +1,138 @@
+"""What an evaluation draws: checkpoints x samplers x step counts, and which belong together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from evaluation.quality import NOISE_SETS
+from evaluation.results import Key, Row
+from pipeline.checkpoint import Checkpoint, digest
+from pipeline.sampling import require_sampler
+from pipeline.sections import DataConfig
+from utils.command import InputError
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images to draw and to measure. path: the checkpoint's file."""
+
+    checkpoint: Checkpoint
+    path: Path
+    sampler: str
+    steps: int
+    count: int
+
+    @property
+    def key(self) -> Key:
+        """The key of the job's row in the results."""
+        return Key(self.checkpoint.name, self.path.stem, self.sampler, self.steps, self.count)
+
+    @property
+    def calls(self) -> int:
+        """The number of network calls, each for one image."""
+        return self.steps * self.count
+
+
+def plan_jobs(
+    checkpoints: Mapping[Path, Checkpoint],
+    samplers: Sequence[str],
+    steps: Sequence[int] | None,
+    count: int,
+    max_calls: int | None,
+) -> list[Job]:
+    """Returns a job for each base model, sampler and step count, and one for each student.
+
+    A student is sampled with its own sampler and steps. count: the number of images; fewer if steps
+    x images exceeds max_calls. Raises InputError if that leaves too few to measure.
+    """
+    for sampler in samplers:
+        require_sampler(sampler)
+    jobs = []
+    for path, checkpoint in checkpoints.items():
+        wanted = steps or [checkpoint.config.sampling.steps]
+        pairs = [(sampler, n) for sampler in samplers for n in wanted]
+        if checkpoint.num_steps is not None:
+            pairs = [(checkpoint.sampler or "ddim", checkpoint.num_steps)]
+        for sampler, n in pairs:
+            size = count if max_calls is None else min(count, max_calls // n)
+            if size < 2 * NOISE_SETS:
+                raise InputError(
+                    f"--count, --max_calls: leave {size} images at {n} steps; "
+                    f"measuring needs at least {2 * NOISE_SETS}"
+                )
+            jobs.append(Job(checkpoint, path, sampler, n, size))
+    return jobs
+
+
+def require_same_data(checkpoints: Mapping[Path, Checkpoint], data: DataConfig) -> None:
+    """Raises InputError for a checkpoint that makes other images than those to compare with."""
+
+    def of(data: DataConfig) -> str:
+        return f"{data.name}, {data.image_size}x{data.image_size}, {data.channels} channels"
+
+    for path, checkpoint in checkpoints.items():
+        own = checkpoint.config.data
+        if of(own) != of(data):
+            raise InputError(
+                f"{path}: makes images of {of(own)}, to be compared with {of(data)}; measure it "
+                "alone, without --config_path"
+            )
+
+
+def require_different_names(checkpoints: Mapping[Path, Checkpoint], images: Sequence[Path]) -> None:
+    """Raises InputError if two files would share a row."""
+    names = [f"{checkpoint.name}: {path.stem}" for path, checkpoint in checkpoints.items()]
+    names += [path.stem for path in images]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"{twice}: two files of this name; rename one, or measure it in another folder"
+        )
+
+
+class Partners(NamedTuple):
+    """The jobs to compare a job with, image by image: its teacher's and the base model's.
+
+    The base model's is the one with the most DDIM steps. None if there is no such job.
+    """
+
+    teacher: Job | None
+    base: Job | None
+
+    @classmethod
+    def of(cls, job: Job, jobs: Sequence[Job]) -> "Partners":
+        """Finds the partners of a job among all jobs."""
+        teacher = next((other for other in jobs if _teaches(other, job)), None)
+        bases = [other for other in jobs if _is_base_of(other, job)]
+        same_run = [other for other in bases if other.checkpoint.name == job.checkpoint.name]
+        longest = max(same_run or bases, key=lambda j: (j.checkpoint.update, j.steps), default=None)
+        alone = longest is job or job.sampler != "ddim"
+        return cls(teacher, None if alone else longest)
+
+    def add_to(self, row: Row) -> bool:
+        """Returns whether they add a relation that the earlier call which measured row lacked."""
+        has_classes = row.quality.classes is not None
+        untold = row.to_teacher is None or (has_classes and row.teachers_class is None)
+        new_teacher = self.teacher is not None and untold
+        return new_teacher or (self.base is not None and self.base.steps > (row.base_steps or 0))
+
+
+def _teaches(other: Job, job: Job) -> bool:
+    """Returns whether the other job draws the images that this job's student was taught."""
+    student = job.checkpoint
+    if student.kind != "student" or other.sampler != (other.checkpoint.sampler or "ddim"):
+        return False
+    ladder = student.config.distillation.steps()
+    steps = [teacher for teacher, own in pairwise(ladder) if own == job.steps]
+    return other.steps in steps and (
+        digest(other.checkpoint.weights) == student.lineage.get("teacher")
+    )
+
+
+def _is_base_of(other: Job, job: Job) -> bool:
+    """Returns whether the other job is a base model of the same network and data, with DDIM."""
+    a, b = other.checkpoint.config, job.checkpoint.config
+    same = (a.model, a.diffusion, a.data.name) == (b.model, b.diffusion, b.data.name)
+    return same and other.checkpoint.num_steps is None and other.sampler == "ddim"

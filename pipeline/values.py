@@ -1,0 +1,67 @@
+"""The types of a config's values, and the base class of its sections."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from diffusion.distillation import METHODS
+from diffusion.gaussian import OUTPUT_TYPES
+from diffusion.losses import LOSSES, SQUARED_ERRORS
+from diffusion.samplers import make_sampler
+from diffusion.schedule import SCHEDULES
+from pipeline.data import DATASETS
+
+
+class Section(BaseModel):
+    """Frozen; refuses unknown keys and converts nothing: true is no number, a number no string."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def one_of(names: Mapping[str, Any]) -> AfterValidator:
+    """Returns a validator: the string must be a key of the table."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"{name!r} is not one of {', '.join(names)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _sampler_name(name: str) -> str:
+    make_sampler(name)  # raises ValueError
+    return name
+
+
+def _path(text: str) -> str:
+    if "\0" in text or not text.isprintable() or not text.strip():
+        raise ValueError("not the name of a file or folder")
+    return text
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Upper limits only catch typing errors, before they run out of memory.
+T = TypeVar("T")
+ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Counts = Annotated[ListOf[Annotated[int, Field(ge=1, le=2**20)]], Field(max_length=64)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Exponent = Annotated[float, Field(ge=1.0, le=10.0)]
+Time = Annotated[float, Field(ge=0.0, le=1.0)]
+GridChoice = Literal["uniform", "adaptive"] | ListOf[Time]
+GuidanceWeight = Annotated[float, Field(ge=0.0, le=100.0)]
+Range = Annotated[tuple[GuidanceWeight, GuidanceWeight], BeforeValidator(_as_tuple)]
+PathName = Annotated[str, AfterValidator(_path)]
+SamplerName = Annotated[str, AfterValidator(_sampler_name)]
+DatasetName = Annotated[str, one_of(DATASETS)]
+OutputTypeName = Annotated[str, one_of(OUTPUT_TYPES)]
+ScheduleName = Annotated[str, one_of(SCHEDULES)]
+LossWeightName = Annotated[str, one_of(SQUARED_ERRORS)]
+LossName = Annotated[str, one_of(LOSSES)]
+MethodName = Annotated[str, one_of(METHODS)]
