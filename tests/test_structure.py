@@ -13,19 +13,23 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train", "distill", "sample", "evaluate")
-OURS = {"diffusion", "models", "utils", "evaluation", "tests", *SCRIPTS}
-MAY_IMPORT = {
-    "diffusion": {"diffusion"},
-    "models": {"models"},
-    "utils": {"diffusion", "models", "utils"},
-    "evaluation": {"diffusion", "evaluation", "utils"},
-}
+# An import only points down this list; benchmarks/ and tests/ may import everything.
+ROOMS = ("tools", "evaluation", "training", "pipeline", "models", "diffusion", "utils")
+NOT_FOR_THE_PRODUCT = {"benchmarks", "tests", "tools", *SCRIPTS}
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("")
-    for folder in MAY_IMPORT
-    for path in (ROOT / folder).glob("*.py")
+    for room in ROOMS
+    for path in (ROOT / room).glob("*.py")
     if path.stem != "__init__"
 )
+
+
+def imports(path):
+    """The modules of ours that a file imports."""
+    tree = ast.parse((ROOT / path).with_suffix(".py").read_text())
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    return {name for name in names if name.split(".")[0] in {*ROOMS, *NOT_FOR_THE_PRODUCT}}
 
 
 def functions(path):
@@ -33,13 +37,33 @@ def functions(path):
     return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_imports_go_one_way(module):
-    tree = ast.parse((ROOT / module).with_suffix(".py").read_text())
-    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    ours = {name.split(".")[0] for name in imported} & OURS
-    assert ours <= MAY_IMPORT[module.parts[0]]
+@pytest.mark.parametrize("module", [*MODULES, *map(Path, SCRIPTS)], ids=str)
+def test_imports_only_point_down(module):
+    room = module.parts[0]
+    below = ROOMS[1:] if room in SCRIPTS else ROOMS[ROOMS.index(room) :]
+    assert {name.split(".")[0] for name in imports(module)} <= set(below) - NOT_FOR_THE_PRODUCT | {
+        room
+    }
+
+
+def test_no_imports_go_round_in_a_circle():
+    graph = {".".join(m.parts): imports(m) for m in MODULES}
+    done = set()
+
+    def visit(name, above):
+        assert name not in above, f"{' -> '.join(above)} -> {name}"
+        if name in graph and name not in done:
+            for imported in graph[name]:
+                visit(imported, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_no_file_is_longer_than_an_idea():
+    lengths = {m: len((ROOT / m).with_suffix(".py").read_text().splitlines()) for m in MODULES}
+    assert {str(m): n for m, n in lengths.items() if n > 300} == {}
 
 
 @pytest.mark.parametrize(

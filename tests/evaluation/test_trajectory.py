@@ -6,11 +6,19 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.report import LadderRow, draw_pictures, ladder_table, write_table
-from evaluation.trajectory import NUM_IMAGES, Trajectories, trajectory_error
-from pipeline.build import build_network
+from evaluation.gallery import Gallery
+from evaluation.report import (
+    NUM_IMAGES,
+    LadderRow,
+    draw_pictures,
+    ladder_table,
+    trajectory_error,
+    write_table,
+)
 from pipeline.checkpoint import Checkpoint
+from pipeline.codec import decode
 from pipeline.config import make_config
+from pipeline.network import build_network
 from tests.toys import tiny
 from utils.processes import World
 
@@ -23,7 +31,7 @@ def base(config):
     for parameter in network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    return Checkpoint("base", "tiny", config, 1, 0, None, network.state_dict())
+    return Checkpoint("base", "tiny", config, 1, 0, network.state_dict())
 
 
 def test_the_trajectory_error_is_the_mean_square_unclipped():
@@ -35,38 +43,47 @@ def test_the_trajectory_error_is_the_mean_square_unclipped():
     assert trajectory_error(a, b) == pytest.approx(16 / 8)
 
 
+def gallery(folder, config, raw=True):
+    return Gallery(folder, World(CPU), config.seed, 64, chunk=32, raw=raw)
+
+
 def test_every_network_starts_from_the_same_noise_and_finer_grids_come_closer(tmp_path):
     config = make_config(tiny(), "x")
-    trajectories = Trajectories(tmp_path / "images.safetensors", config, World(CPU))
-    teacher = base(config)
-    finest = trajectories.of(teacher, HERE, 256, "")
+    images, teacher = gallery(tmp_path, config), base(config)
+    finest = images.images(teacher, HERE, "ddim", 256, NUM_IMAGES)
     errors = [
-        trajectory_error(trajectories.of(teacher, HERE, n, ""), finest) for n in (2, 8, 32, 128)
+        trajectory_error(images.images(teacher, HERE, "ddim", n, NUM_IMAGES), finest)
+        for n in (2, 8, 32, 128)
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
     assert finest.shape == (NUM_IMAGES, 1, 32, 32)
+    assert finest.dtype == torch.float32
+    assert finest.abs().max() > 1, "not clipped"
 
 
 def test_images_are_kept_and_not_made_twice(tmp_path, monkeypatch):
-    config, path = make_config(tiny(), "x"), tmp_path / "images.safetensors"
-    teacher = base(config)
-    first = Trajectories(path, config, World(CPU)).of(teacher, HERE, 2, "")
-    with monkeypatch.context() as patch:
-        patch.setattr("evaluation.trajectory.ddim_images", lambda *_: pytest.fail("made twice"))
-        assert torch.equal(Trajectories(path, config, World(CPU)).of(teacher, HERE, 2, ""), first)
-    path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(Trajectories(path, config, World(CPU)).of(teacher, HERE, 2, ""), first)
-
-
-def test_a_larger_grid_gives_more_images_and_the_same_first_ones(tmp_path):
     config = make_config(tiny(), "x")
-    larger = make_config(tiny(sampling={"grid": 70}), "x")
     teacher = base(config)
-    few = Trajectories(tmp_path / "a", config, World(CPU)).of(teacher, HERE, 2, "")
-    many = Trajectories(tmp_path / "b", larger, World(CPU)).of(teacher, HERE, 2, "")
-    assert len(many) == 70
-    torch.testing.assert_close(many[:64], few)
+    first = gallery(tmp_path, config).images(teacher, HERE, "ddim", 2, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sampling.SampleRequest.sample", lambda *_: pytest.fail("twice"))
+        again = gallery(tmp_path, config).images(teacher, HERE, "ddim", 2, 40)
+        assert torch.equal(again, first)
+    path = sorted(tmp_path.rglob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(gallery(tmp_path, config).images(teacher, HERE, "ddim", 2, 40), first)
+
+
+def test_raw_images_are_no_others_and_more_of_them_begin_alike(tmp_path):
+    config = make_config(tiny(sampling={"clip": False}), "x")
+    teacher = base(config)
+    few = gallery(tmp_path / "a", config).images(teacher, HERE, "ddim", 2, 33)
+    many = gallery(tmp_path / "b", config).images(teacher, HERE, "ddim", 2, 70)
+    assert (len(few), len(many)) == (33, 70)
+    torch.testing.assert_close(many[:33], few)
+    rounded = gallery(tmp_path / "a", config, raw=False).images(teacher, HERE, "ddim", 2, 33)
+    assert torch.equal(rounded, decode(few))
 
 
 def test_the_report_says_what_was_measured(tmp_path):
