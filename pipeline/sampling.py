@@ -147,7 +147,7 @@ class SampleRequest:
         return self.shared(parts, bar=bar)
 
     def shared(
-        self, parts: Sequence[range], raw: bool = False, title: str = "images", bar: bool = True
+        self, parts: Sequence[range], raw: bool = False, title: str | None = None, bar: bool = True
     ) -> Iterator[tuple[range, Tensor]]:
         """Draws this process's share of the parts, and yields each with its indices.
 
@@ -155,7 +155,9 @@ class SampleRequest:
         """
         rank, size, draw = self.world.rank, self.world.size, self.sample if raw else self.draw
         total = sum(len(part) for part in parts)
-        with progress_bar(total, title, "image", shown=bar) as done:
+        with progress_bar(
+            total, title or "images", "image", leave=title is None, shown=bar
+        ) as done:
             for n in range(rank, len(parts), size):
                 starts = range(parts[n].start, parts[n].stop, self.batch_size)
                 batches = [range(s, min(s + self.batch_size, parts[n].stop)) for s in starts]

@@ -124,7 +124,7 @@ def test_what_is_measured_or_drawn_does_not_go_among_a_runs_files(
     given = ("--checkpoint", workshop["teacher"], "--output")
     assert "holds " in refused(capsys, evaluate, *given, folder)
     assert "holds " in refused(capsys, sample, *given, folder, "--count", 2)
-    monkeypatch.setattr("pipeline.sampling.write_grid", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("pipeline.sample_files.write_grid", lambda *_: pytest.fail("drawn"))
     for name in ("loss.png", "comparison.png", "student-4.png", "diffusion-1.png"):
         assert "writes it; give another name" in refused(capsys, sample, *given, folder / name)
     assert contents(folder) == before
@@ -148,11 +148,12 @@ def test_what_is_no_file_is_found_before_anything_is_deleted(
     assert contents(base) == before
 
 
-@pytest.mark.parametrize("name", ["images.safetensors", "ladder.md", "student-2.png"])
+@pytest.mark.parametrize("name", ["00000.safetensors", "ladder.md", "student-2.png"])
 def test_a_ladder_does_not_wait_for_a_pipe(workshop, tmp_path, capsys, name):
     ladder = shutil.copytree(workshop["ladder"], tmp_path / "ladder")
-    (ladder / name).unlink()
-    os.mkfifo(ladder / name)
+    path = next(ladder.rglob(name))
+    path.unlink()
+    os.mkfifo(path)
     given = ("--teacher_model_checkpoint", workshop["teacher"], "--output", ladder)
     assert f"{name}: no regular file" in refused(capsys, distill, *given)
 

@@ -98,7 +98,7 @@ def test_a_two_stage_ladder(workshop):
     assert names == {
         *(f"student-{n}.{suffix}" for n in (4, 2) for suffix in ("pt", "png")),
         *("ladder.md", "ladder.json", "ladder.png", "comparison.png"),
-        *("metrics.jsonl", "images.safetensors", "tensorboard", "loss.png"),
+        *("metrics.jsonl", "images", "tensorboard", "loss.png"),
     }
     base = load_checkpoint(workshop["teacher"])
     first, second = (load_checkpoint(workshop["ladder"] / f"student-{n}.pt") for n in (4, 2))
@@ -235,10 +235,10 @@ def test_a_ladder_never_lands_on_its_teacher(workshop, capsys):
 def test_a_checkpoint_of_another_version_is_not_overwritten(workshop, tmp_path, capsys):
     base = shutil.copytree(workshop["base"], tmp_path / "base")
     newest = base / "diffusion-4.pt"
-    content = torch.load(newest, weights_only=True) | {"format_version": 2}
+    content = torch.load(newest, weights_only=True) | {"format_version": 3}
     torch.save(content, newest)
     common = ("--config_path", workshop["config"], "--output", base)
-    assert "format version 2; this code reads 1" in refused(capsys, train, *common)
+    assert "format version 3; this code reads 1 and 2" in refused(capsys, train, *common)
     shutil.copy(workshop["ladder"] / "student-4.pt", newest)
     assert "not a base model in training" in refused(capsys, train, *common)
 
@@ -415,7 +415,10 @@ def test_the_default_output_tells_runs_and_steps_apart(workshop, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("arguments", "hint"),
-    [(("--steps", 8), "distilled for 4 steps"), (("--sampler", "ancestral"), "distilled for DDIM")],
+    [
+        (("--steps", 8), "distilled for 4 steps"),
+        (("--sampler", "ancestral"), "distilled for the sampler ddim"),
+    ],
 )
 def test_what_a_student_was_not_made_for_is_warned_of(workshop, tmp_path, capsys, arguments, hint):
     student = workshop["ladder"] / "student-4.pt"

@@ -307,7 +307,7 @@ def test_streams_are_as_before_after_an_error():
         ("evaluate", ["--count", "--batch_size", "--seed", "--steps", "--max_calls"]),
         ("evaluation.digits", ["--epochs"]),
         ("benchmarks.cost", ["--gpus"]),
-        ("benchmarks.experiments", ["--seconds", "--count", "--steps"]),
+        ("benchmarks.sweep", ["--seconds", "--count"]),
         ("benchmarks.steps", ["--count"]),
         ("benchmarks.throughput", ["--rounds", "--steps"]),
     ],

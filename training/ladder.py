@@ -32,12 +32,12 @@ def distillation_config(
     diffusion and data are the teacher's. Raises InputError for steps that cannot follow its own.
     """
     where = str(config_path or teacher_path) + (" with --set" if overrides else "")
-    values = read_yaml(config_path) if config_path else teacher.config.model_dump(mode="json")
-    values = override(values, overrides)
-    if first_steps is not None or iterations is not None:
-        section = values.get("distillation") or {}
-        if isinstance(section, dict):
-            values["distillation"] = section | _part(section, where, first_steps, iterations)
+    before = read_yaml(config_path) if config_path else teacher.config.model_dump(mode="json")
+    values = override(before, overrides)
+    old, section = (v.get("distillation") or {} for v in (before, values))
+    if isinstance(old, dict) and isinstance(section, dict):
+        section = section | _part(section, where, first_steps, iterations)
+        values["distillation"] = section | _fitting_lists(old, section, where)
     given = make_config(values, where)
     compared = ("seed", "model", "diffusion", "data")
     free = FREE_KEYS | {"model.guidance"}  # it follows from distillation.guidance
@@ -86,30 +86,55 @@ def _require_guidance(teacher: Checkpoint, path: Path, ladder: DistillationConfi
         )
 
 
+def _steps(section: dict[str, Any], where: str) -> tuple[int, ...]:
+    """The step counts of an unchecked section of distillation, the teacher's first."""
+    keys = ("first_steps", "iterations", "ladder", "grid")
+    known = {"distillation": {key: section[key] for key in keys if key in section}}
+    return make_config(known, where).distillation.steps()
+
+
 def _part(
     section: dict[str, Any], where: str, first_steps: int | None, iterations: int | None
 ) -> dict[str, Any]:
-    """The values of distillation that ask for a part of its ladder, halving the steps.
+    """The values of distillation that ask for a part of its ladder.
 
-    Lists with a value for each stage are cut to the stages of the part, if the ladder has them all.
+    first_steps: of the first student, iterations: how many students; None for the ladder's own.
+    Raises InputError if distillation.ladder has no such student.
     """
-    keys = ("first_steps", "iterations", "ladder", "grid")
-    steps = {"distillation": {key: section[key] for key in keys if key in section}}
-    ladder = make_config(steps, where).distillation
-    students = ladder.steps()[1:]
-    part: dict[str, Any] = {
-        "first_steps": first_steps or students[0],
-        "iterations": iterations or ladder.iterations,
-        "ladder": None,
+    if first_steps is None and iterations is None:
+        return {}
+    if section.get("ladder") is None:
+        asked = {"first_steps": first_steps, "iterations": iterations}
+        return {key: value for key, value in asked.items() if value is not None}
+    steps = list(_steps(section, where))
+    if first_steps is not None and first_steps not in steps[1:]:
+        raise InputError(
+            f"--initial_sampling_steps {first_steps}: no student of distillation.ladder in {where}, "
+            f"whose students have {', '.join(map(str, steps[1:]))} steps"
+        )
+    start = 1 if first_steps is None else steps.index(first_steps, 1)
+    return {"ladder": steps[start - 1 :][: 1 + (iterations or len(steps))]}
+
+
+def _fitting_lists(
+    old: dict[str, Any], section: dict[str, Any], where: str
+) -> dict[str, list[Any]]:
+    """The lists of the old section with a value for each stage, for the students asked for now.
+
+    A value belongs to its student's step count, so they fit any students that the old ladder has.
+    """
+    lists = {key: value for key in PER_STAGE if isinstance(value := section.get(key), list)}
+    kept = {key: value for key, value in lists.items() if value == old.get(key)}
+    if not kept:
+        return {}
+    before, students = (_steps(part, where)[1:] for part in (old, section))
+    if not set(students) <= set(before):
+        return {}
+    return {
+        key: [value[before.index(n)] for n in students]
+        for key, value in kept.items()
+        if len(value) == len(before)
     }
-    wanted = [part["first_steps"] >> n for n in range(part["iterations"])]
-    start = students.index(wanted[0]) if wanted[0] in students else 0
-    if list(students[start : start + len(wanted)]) == wanted:
-        for key in PER_STAGE:
-            value = section.get(key)
-            if isinstance(value, list) and len(value) == len(students):
-                part[key] = value[start : start + len(wanted)]
-    return part
 
 
 def _require_steps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:

@@ -125,7 +125,8 @@ def require_same_stage(path: Path, stored: Checkpoint, start: Checkpoint, stage:
     if stored.kind != start.kind or (start.kind == "base" and stored.optimizer is None):
         raise InputError(f"{path}: not a {start.kind} model in training; give another --output")
     if stored.lineage != start.lineage:
-        raise InputError(f"{path}: {_began(stored, start)}; give {_OTHER_FOLDER}")
+        same = "the same to go on, " if start.kind == "base" else ""
+        raise InputError(f"{path}: {_began(stored, start)}; give {same}{_OTHER_FOLDER}")
     sections = ["seed", "data", "model", "diffusion"]
     free = set(FREE_KEYS)
     if stage.num_steps is None:
