@@ -161,7 +161,7 @@ class SampleRequest:
             for n in range(rank, len(parts), size):
                 starts = range(parts[n].start, parts[n].stop, self.batch_size)
                 batches = [range(s, min(s + self.batch_size, parts[n].stop)) for s in starts]
-                yield parts[n], torch.cat([draw(batch).cpu() for batch in batches])
+                yield parts[n], torch.cat([draw(batch).cpu() for batch in batches]).contiguous()
                 done.update(sum(len(part) for part in parts[n - rank : n - rank + size]))
 
 

@@ -241,7 +241,7 @@ def test_images_of_a_gpus_network_are_kept(tmp_path, monkeypatch):
     config = make_config(tiny(data=colour, model=pixels, diffusion={"prediction": "x"}), "tiny")
     network = build_network(config, CPU).eval()
     torch.nn.init.normal_(network.conv_out.weight)
-    made = Checkpoint("base", "t", config, 1, 0, None, network.state_dict())
+    made = Checkpoint("base", "t", config, 1, 0, network.state_dict())
     network.to(memory_format=torch.channels_last)
     denoiser = build_denoiser(config, network, CPU)
     monkeypatch.setattr("evaluation.gallery.load_denoiser", lambda *a: denoiser)

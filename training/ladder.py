@@ -109,8 +109,8 @@ def _part(
     steps = list(_steps(section, where))
     if first_steps is not None and first_steps not in steps[1:]:
         raise InputError(
-            f"--initial_sampling_steps {first_steps}: no student of distillation.ladder in {where}, "
-            f"whose students have {', '.join(map(str, steps[1:]))} steps"
+            f"--initial_sampling_steps {first_steps}: {where} has distillation.ladder, whose "
+            f"students have {', '.join(map(str, steps[1:]))} steps; take one of these"
         )
     start = 1 if first_steps is None else steps.index(first_steps, 1)
     return {"ladder": steps[start - 1 :][: 1 + (iterations or len(steps))]}
