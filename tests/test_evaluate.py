@@ -361,7 +361,7 @@ def test_sorted_images_from_elsewhere_are_measured_as_any(workshop, tmp_path):
         (("--checkpoint", "{0}", "--sampler", "ddim", "euler"), "euler"),
         (("--checkpoint", "{0}", "--features", "vgg"), "not one of digits, inception"),
         (("--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
-        (("--checkpoint", "{0}", "--images", "none.npz"), "none.npz: not a readable .npz"),
+        (("--checkpoint", "{0}", "--images", "none.npz"), "none.npz: no such file"),
     ],
 )
 def test_bad_arguments(workshop, tmp_path, capsys, arguments, hint):
