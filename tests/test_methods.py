@@ -427,7 +427,10 @@ WRONG = {  # what is asked for -> what the line says
         {"student": {**SMALL, "num_classes": 7}},
         "distillation.student.num_classes: 7, but the teacher has None",
     ),
-    "guidance without classes": ({"guidance": [0.0, 4.0]}, "distillation.guidance: takes a"),
+    "guidance without classes": (
+        {"guidance": [0.0, 4.0]},
+        "distillation.guidance: needs a teacher that is conditional",
+    ),
     "guidance range": ({"guidance": [4.0, 0.0]}, "guidance: [4.0, 0.0] is no range"),
 }
 
