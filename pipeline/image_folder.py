@@ -203,7 +203,7 @@ def _next(batches: Iterator[Any], workers: int) -> Any:
             raise
         raise DataError(
             "data.workers: a process that reads images ended unexpectedly, perhaps killed for lack "
-            f"of memory ({str(error).splitlines()[0]}); take fewer workers, or 0"
+            f"of memory ({(str(error) or type(error).__name__).splitlines()[0]}); take fewer, or 0"
         ) from None
 
 
