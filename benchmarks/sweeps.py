@@ -135,6 +135,11 @@ STAGES = Sweep(
 
 # Later stages are harder, and get more updates, as in configs/mnist_small.yaml.
 HALVED = distillation(ladder=[64, 32, 16, 8, 4, 2, 1], updates_per_stage=[1, 1, 3, 4, 3, 2])
+# The network of configs/mnist_small.yaml with half its channels, a quarter of its parameters.
+HALF_WIDTH = (
+    "{channels: 16, channel_multipliers: [1, 2, 2], blocks_per_level: 2, "
+    "attention_resolutions: [8], attention_heads: 2, dropout: 0.0, resample: conv, patch_size: 2}"
+)
 METHODS = Sweep(
     about="methods of distillation on one teacher",
     teacher=Path("pretrained/mnist-64-steps.safetensors"),
@@ -153,13 +158,17 @@ METHODS = Sweep(
         "progressive_energy": [*HALVED, *distillation(losses="{snr_trunc: 1.0, energy: 0.3}")],
         "four_to_one": distillation(ladder=[64, 16, 4, 1], updates_per_stage=[1, 2, 2]),
         "straight_8": distillation(ladder=[64, 8]),
-        "straight_4": distillation(ladder=[64, 4]),
-        "straight_2": distillation(ladder=[64, 2]),
         "straight_1": distillation(ladder=[64, 1]),
         "adaptive_8": distillation(ladder=[64, 8], grid="adaptive"),
         "tract_8": distillation(ladder=[64, 8], method="tract", ema_decay=0.999),
         "tract_1": distillation(ladder=[64, 1], method="tract", ema_decay=0.999),
         "consistency": distillation(ladder=[64, 1], method="consistency", ema_decay=0.999),
+        "half_width": [
+            *distillation(ladder=[64, 64, 32, 16, 8, 4, 2, 1], student=HALF_WIDTH),
+            *distillation(updates_per_stage=[4, 1, 1, 3, 4, 3, 2]),
+        ],
+        "straight_4": distillation(ladder=[64, 4]),
+        "straight_2": distillation(ladder=[64, 2]),
     },
     seconds=900,
     count=5000,
