@@ -133,6 +133,9 @@ def _teaches(other: Job, job: Job) -> bool:
 
 def _is_base_of(other: Job, job: Job) -> bool:
     """Returns whether the other job is a base model of the same network and data, with DDIM."""
-    a, b = other.checkpoint.config, job.checkpoint.config
-    same = (a.model, a.diffusion, a.data.name) == (b.model, b.diffusion, b.data.name)
-    return same and other.checkpoint.num_steps is None and other.sampler == "ddim"
+    ours, theirs = (
+        (c.model, c.diffusion, c.data.name, c.codec.identity)
+        for c in (job.checkpoint.config, other.checkpoint.config)
+    )
+    base = other.checkpoint.num_steps is None and other.sampler == "ddim"
+    return base and ours == theirs

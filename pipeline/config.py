@@ -7,6 +7,13 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.codec_sections import (
+    NOT_CLIPPED,
+    AutoencoderConfig,
+    AutoencoderSection,
+    Codecs,
+    PixelsSection,
+)
 from pipeline.sections import PER_STAGE as PER_STAGE
 from pipeline.sections import DataConfig as DataConfig
 from pipeline.sections import DiffusionConfig, EngineConfig, SamplingConfig, TrainingConfig
@@ -25,6 +32,8 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: PathName | None = None
     data: DataConfig = DataConfig()
+    codec: Annotated[Codecs, Field(discriminator="name")] = PixelsSection()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig = TrainingConfig()
@@ -34,9 +43,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
+        if wrong := self.codec.misfit(self.data.image_size):
+            raise ValueError(wrong)
+        if self.sampling.clip and self.codec.name != "pixels":
+            raise ValueError(f"sampling.clip: true, but {NOT_CLIPPED} (false)")
         student = self.distillation.student
         for where, model in (("model", self.model), ("distillation.student", student)):
-            if model is not None and (wrong := model.misfit(self.data.image_size, where)):
+            if model is not None and (wrong := self._misfit(model, where)):
                 raise ValueError(wrong)
         classes = self.model.num_classes
         if self.training.label_dropout and classes is None:
@@ -55,10 +68,19 @@ class Config(Section):
             )
         return self
 
+    def _misfit(self, model: ModelConfig, where: str) -> str | None:
+        """Returns why a network cannot take what the codec gives it, or None if it can."""
+        if self.codec.name == "pixels":
+            return model.misfit(self.data.image_size, where)
+        if self.codec.digest is None:  # known when the autoencoder's file has been read
+            return None
+        _, size, _ = self.codec.shape(self.data.image_size, self.data.channels)
+        wrong = model.misfit(size, where)
+        return wrong and f"codec: its latents are images of {size}x{size} to the network; {wrong}"
 
-SECTIONS = [
-    name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")
-]
+
+SECTIONS = [name for name, f in Config.model_fields.items() if isinstance(f.default, Section)]
+UNIONS = {"codec": {"pixels": PixelsSection, "autoencoder": AutoencoderSection}}
 
 
 # --- from files and command lines ---------------------------------------------------------------
@@ -85,7 +107,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def explain(error: ValidationError) -> str:
     """Describes the first error in one line: the key, what is wrong, what would be right."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
+    tag = None
     for one in error.errors():
+        if one["loc"][:1] == ("codec",) and len(one["loc"]) > 1:  # (section, its name, key)
+            one["loc"], tag = ("codec", *one["loc"][2:]), one["loc"][1]
         by_key.setdefault(tuple(map(str, one["loc"][:2])), []).append(one)
     # A value that may be a number or a list has an error for each; the deeper one says more.
     first = max(next(iter(by_key.values())), key=lambda one: len(one["loc"]))
@@ -94,7 +119,10 @@ def explain(error: ValidationError) -> str:
     path += [str(part) for part in first["loc"][depth:] if isinstance(part, int)]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key" + _nearest_key(path)
+        message = "unknown key" + _nearest_key(path, tag)
+    elif first["type"].startswith("union_tag"):
+        path.append("name")
+        message = f"take one of {', '.join(UNIONS[path[0]])}"
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] != "value_error" or len(path) > 1:
@@ -110,9 +138,12 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _nearest_key(path: list[str]) -> str:
+def _nearest_key(path: list[str], tag: Any) -> str:
     section: Any = Config
     for part in path[:-1]:
+        if part in UNIONS:
+            section = UNIONS[part][tag]
+            continue
         section = section.model_fields[part].annotation
         section = section if hasattr(section, "model_fields") else get_args(section)[0]  # X | None
     keys = list(section.model_fields)
@@ -135,5 +166,6 @@ def differences(a: Config, b: Config, sections: Sequence[str]) -> list[str]:
         if not isinstance(left, dict):
             keys += [section] if left != right else []
             continue
-        keys += [f"{section}.{key}" for key in left if left[key] != right[key]]
+        names = list(dict.fromkeys([*left, *right]))  # of an other codec they may be other keys
+        keys += [f"{section}.{key}" for key in names if left.get(key) != right.get(key)]
     return keys

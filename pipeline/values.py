@@ -1,9 +1,9 @@
 """The types of a config's values, and the base class of its sections."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from diffusion.distillation import METHODS
 from diffusion.gaussian import OUTPUT_TYPES
@@ -11,12 +11,12 @@ from diffusion.losses import LOSSES, SQUARED_ERRORS
 from diffusion.samplers import make_sampler
 from diffusion.schedule import SCHEDULES
 from pipeline.data import DATASETS
-
-
-class Section(BaseModel):
-    """Frozen; refuses unknown keys and converts nothing: true is no number, a number no string."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from utils.values import Count as Count
+from utils.values import Counts as Counts
+from utils.values import Fraction as Fraction
+from utils.values import ListOf as ListOf
+from utils.values import Positive as Positive
+from utils.values import Section as Section
 
 
 def one_of(names: Mapping[str, Any]) -> AfterValidator:
@@ -45,13 +45,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# Upper limits only catch typing errors, before they run out of memory.
-T = TypeVar("T")
-ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
-Counts = Annotated[ListOf[Annotated[int, Field(ge=1, le=2**20)]], Field(max_length=64)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
 Exponent = Annotated[float, Field(ge=1.0, le=10.0)]
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 GridChoice = Literal["uniform", "adaptive"] | ListOf[Time]
