@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.autoencoder_file import build_autoencoder, read_autoencoder
-from pipeline.codec_sections import AutoencoderSection, Codecs, PixelsSection, Shape
+from pipeline.codec_sections import AutoencoderSection, CodecSection, PixelsSection, Shape
 from utils.command import InputError
 
 
@@ -86,6 +86,6 @@ CODECS: dict[str, Callable[..., Codec]] = {"pixels": open_pixels, "autoencoder":
 
 
 @lru_cache(maxsize=4)
-def open_codec(section: Codecs, device: torch.device) -> Codec:
+def open_codec(section: CodecSection, device: torch.device) -> Codec:
     """Returns the codec of a config's section. It is read once, not for every use."""
     return CODECS[section.name](section, device)

@@ -2,9 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from models.autoencoder import AutoencoderSizes
 from pipeline.values import PathName
@@ -83,7 +83,23 @@ class AutoencoderSection(Section):
         return self.model_copy(update={"file": str(beside)})
 
 
-Codecs = PixelsSection | AutoencoderSection
+CODEC_SECTIONS: dict[str, type[Section]] = {
+    "pixels": PixelsSection,
+    "autoencoder": AutoencoderSection,
+}
+
+
+def _name(section: Any) -> Any:
+    """The codec's name in a section: pixels where none is given."""
+    if isinstance(section, dict):
+        return section.get("name", "pixels")
+    return getattr(section, "name", None)
+
+
+CodecSection = Annotated[
+    Annotated[PixelsSection, Tag("pixels")] | Annotated[AutoencoderSection, Tag("autoencoder")],
+    Discriminator(_name),
+]
 
 
 class AutoencoderConfig(Section):

@@ -3,27 +3,29 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from models.networks import NETWORKS, NetworkSection
+from models.unet_section import UNetSection
 from pipeline.codec_sections import (
+    CODEC_SECTIONS,
     NOT_CLIPPED,
     AutoencoderConfig,
-    AutoencoderSection,
-    Codecs,
+    CodecSection,
     PixelsSection,
 )
 from pipeline.sections import PER_STAGE as PER_STAGE
 from pipeline.sections import DataConfig as DataConfig
 from pipeline.sections import DiffusionConfig, EngineConfig, SamplingConfig, TrainingConfig
 from pipeline.sections import DistillationConfig as DistillationConfig
-from pipeline.sections import ModelConfig as ModelConfig
 from pipeline.sections import Recipe as Recipe
 from pipeline.values import GridChoice as GridChoice
-from pipeline.values import PathName, Section
+from pipeline.values import PathName
 from utils.command import InputError
 from utils.strict_yaml import override, read_yaml
+from utils.values import Section
 
 
 class Config(Section):
@@ -32,9 +34,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: PathName | None = None
     data: DataConfig = DataConfig()
-    codec: Annotated[Codecs, Field(discriminator="name")] = PixelsSection()
+    codec: CodecSection = PixelsSection()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
-    model: ModelConfig = ModelConfig()
+    model: NetworkSection = UNetSection()
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig = TrainingConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -68,19 +70,25 @@ class Config(Section):
             )
         return self
 
-    def _misfit(self, model: ModelConfig, where: str) -> str | None:
+    def _misfit(self, model: NetworkSection, where: str) -> str | None:
         """Returns why a network cannot take what the codec gives it, or None if it can."""
         if self.codec.name == "pixels":
             return model.misfit(self.data.image_size, where)
-        if self.codec.digest is None:  # known when the autoencoder's file has been read
+        if self.codec.digest is None:  # the autoencoder's file has not been read yet
             return None
         _, size, _ = self.codec.shape(self.data.image_size, self.data.channels)
         wrong = model.misfit(size, where)
         return wrong and f"codec: its latents are images of {size}x{size} to the network; {wrong}"
 
 
-SECTIONS = [name for name, f in Config.model_fields.items() if isinstance(f.default, Section)]
-UNIONS = {"codec": {"pixels": PixelsSection, "autoencoder": AutoencoderSection}}
+SECTIONS = [name for name in Config.model_fields if isinstance(getattr(Config(), name), Section)]
+# The sections of which a config names one of several, each with its own keys.
+_NETWORK_SECTIONS = {name: network.section for name, network in NETWORKS.items()}
+NAMED: dict[str, Mapping[str, type[Section]]] = {
+    "codec": CODEC_SECTIONS,
+    "model": _NETWORK_SECTIONS,
+    "distillation.student": _NETWORK_SECTIONS,
+}
 
 
 # --- from files and command lines ---------------------------------------------------------------
@@ -107,10 +115,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def explain(error: ValidationError) -> str:
     """Describes the first error in one line: the key, what is wrong, what would be right."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
-    tag = None
-    for one in error.errors():
-        if one["loc"][:1] == ("codec",) and len(one["loc"]) > 1:  # (section, its name, key)
-            one["loc"], tag = ("codec", *one["loc"][2:]), one["loc"][1]
+    errors: list[dict[str, Any]] = [{**one} for one in error.errors()]
+    for one in errors:
+        one["loc"], one["section"] = _untagged(one["loc"])
         by_key.setdefault(tuple(map(str, one["loc"][:2])), []).append(one)
     # A value that may be a number or a list has an error for each; the deeper one says more.
     first = max(next(iter(by_key.values())), key=lambda one: len(one["loc"]))
@@ -118,11 +125,13 @@ def explain(error: ValidationError) -> str:
     path = [str(part) for part in first["loc"][:depth]]
     path += [str(part) for part in first["loc"][depth:] if isinstance(part, int)]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key" + _nearest_key(path, tag)
-    elif first["type"].startswith("union_tag"):
+    if first["type"] == "union_tag_invalid":
+        message = f"{first['ctx']['tag']!r} is not one of {', '.join(NAMED['.'.join(path)])}"
         path.append("name")
-        message = f"take one of {', '.join(UNIONS[path[0]])}"
+    elif first["type"] == "union_tag_not_found":
+        message = f"not a section of keys and values (it is {_shortened(first['input'])})"
+    elif first["type"] == "extra_forbidden":
+        message = "unknown key" + _nearest_key(path, first["section"])
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] != "value_error" or len(path) > 1:
@@ -133,27 +142,37 @@ def explain(error: ValidationError) -> str:
     return (f"{key}: " if key else "") + message + more
 
 
+def _untagged(where: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any]:
+    """Returns the location without the name of a network or codec, and the section of that name.
+
+    pydantic adds the name after the key of a section of NAMED.
+    """
+    depth = 2 if where[:2] == ("distillation", "student") else 1
+    named = NAMED.get(".".join(map(str, where[:depth])), {})
+    name = str(where[depth]) if len(where) > depth else ""
+    if name not in named:
+        return where, None
+    return where[:depth] + where[depth + 1 :], named[name]
+
+
 def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _nearest_key(path: list[str], tag: Any) -> str:
+def _nearest_key(path: list[str], named: Any) -> str:
     section: Any = Config
     for part in path[:-1]:
-        if part in UNIONS:
-            section = UNIONS[part][tag]
-            continue
-        section = section.model_fields[part].annotation
-        section = section if hasattr(section, "model_fields") else get_args(section)[0]  # X | None
+        where = section.model_fields[part].annotation
+        section = where if hasattr(where, "model_fields") else named
     keys = list(section.model_fields)
     near = difflib.get_close_matches(path[-1], keys, 1)
     if near:
         return f"; did you mean {near[0]}?"
     home = [
         f"{name}.{path[-1]}"
-        for name, field in Config.model_fields.items()
-        if path[-1] in getattr(field.annotation, "model_fields", {})
+        for name in SECTIONS
+        if path[-1] in type(getattr(Config(), name)).model_fields
     ]
     return f"; did you mean {home[0]}?" if home else f"; known: {', '.join(keys)}"
 
@@ -166,6 +185,6 @@ def differences(a: Config, b: Config, sections: Sequence[str]) -> list[str]:
         if not isinstance(left, dict):
             keys += [section] if left != right else []
             continue
-        names = list(dict.fromkeys([*left, *right]))  # of an other codec they may be other keys
+        names = dict.fromkeys([*left, *right])  # two networks or codecs have other keys
         keys += [f"{section}.{key}" for key in names if left.get(key) != right.get(key)]
     return keys

@@ -1,9 +1,9 @@
-"""The types of a config's values, and the base class of its sections."""
+"""The types of a config's values that are names of the project's tables, and a few ranges."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from diffusion.distillation import METHODS
 from diffusion.gaussian import OUTPUT_TYPES
@@ -11,12 +11,7 @@ from diffusion.losses import LOSSES, SQUARED_ERRORS
 from diffusion.samplers import make_sampler
 from diffusion.schedule import SCHEDULES
 from pipeline.data import DATASETS
-from utils.values import Count as Count
-from utils.values import Counts as Counts
-from utils.values import Fraction as Fraction
-from utils.values import ListOf as ListOf
-from utils.values import Positive as Positive
-from utils.values import Section as Section
+from utils.values import AsTuple, ListOf
 
 
 def one_of(names: Mapping[str, Any]) -> AfterValidator:
@@ -41,15 +36,12 @@ def _path(text: str) -> str:
     return text
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
+Rate = Annotated[float, Field(gt=0.0, le=1000.0)]
 Exponent = Annotated[float, Field(ge=1.0, le=10.0)]
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 GridChoice = Literal["uniform", "adaptive"] | ListOf[Time]
 GuidanceWeight = Annotated[float, Field(ge=0.0, le=100.0)]
-Range = Annotated[tuple[GuidanceWeight, GuidanceWeight], BeforeValidator(_as_tuple)]
+Range = Annotated[tuple[GuidanceWeight, GuidanceWeight], AsTuple]
 PathName = Annotated[str, AfterValidator(_path)]
 SamplerName = Annotated[str, AfterValidator(_sampler_name)]
 DatasetName = Annotated[str, one_of(DATASETS)]

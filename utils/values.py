@@ -1,4 +1,4 @@
-"""The types of a config's values, and the base class of its sections."""
+"""Checked values: the base class of a config's sections, and types of numbers and lists."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -17,7 +17,8 @@ def _as_tuple(value: Any) -> Any:
 
 # Upper limits only catch typing errors, before they run out of memory.
 T = TypeVar("T")
-ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
+AsTuple = BeforeValidator(_as_tuple)
+ListOf = Annotated[tuple[T, ...], AsTuple]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Counts = Annotated[ListOf[Annotated[int, Field(ge=1, le=2**20)]], Field(max_length=64)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
