@@ -18,6 +18,7 @@ from utils.values import ListOf, Positive, Section
 
 FORMAT = "progressive-distillation autoencoder"
 FORMAT_VERSION = 1
+HEADER = "autoencoder"  # the entry of the file's metadata
 WHAT = "an autoencoder"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of diffusers
 LARGEST_CONFIG = 2**20  # bytes
@@ -58,10 +59,11 @@ def write_autoencoder(path: Path, autoencoder: StoredAutoencoder) -> None:
     """Writes the autoencoder, or leaves the existing file as it was."""
     weights = {name: t.detach().cpu().contiguous() for name, t in autoencoder.weights.items()}
     require_finite(weights, f"{path}: not written")
-    entries = {**autoencoder.header, "digest": autoencoder.digest, "format_version": FORMAT_VERSION}
-    header = {"format": FORMAT, **{name: json.dumps(value) for name, value in entries.items()}}
+    entries = {"format": FORMAT, "format_version": FORMAT_VERSION, "digest": autoencoder.digest}
+    # One text: safetensors writes several in any order, and equal files should have equal bytes.
+    text = json.dumps({**entries, **autoencoder.header})
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(weights, header))
+        file.write(safetensors.torch.save(weights, {HEADER: text}))
 
 
 def read_autoencoder(path: Path) -> StoredAutoencoder:
@@ -70,15 +72,15 @@ def read_autoencoder(path: Path) -> StoredAutoencoder:
     Raises InputError that names the file and what is wrong.
     """
     header, weights = _read_safetensors(path)
-    if header.pop("format", None) != FORMAT:
+    try:
+        entries = json.loads(header.get(HEADER, "null"))
+    except (ValueError, RecursionError):
+        raise DamagedCheckpoint(f"{path}: damaged, its header is no JSON") from None
+    if not isinstance(entries, dict) or entries.pop("format", None) != FORMAT:
         raise InputError(
             f"{path}: not an autoencoder; take a file of tools/train_autoencoder.py, or a folder "
             f"with {CONFIG} and {WEIGHTS}"
         )
-    try:
-        entries = {name: json.loads(text) for name, text in header.items()}
-    except (ValueError, RecursionError):
-        raise DamagedCheckpoint(f"{path}: damaged, its header is no JSON") from None
     version, stored_digest = (entries.pop(name, None) for name in ("format_version", "digest"))
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: format version {version!r}; this code reads {FORMAT_VERSION}")

@@ -135,7 +135,9 @@ def test_a_config_is_completed_from_the_file_and_stays_what_it_is(file):
 )
 def test_a_config_of_latents_is_checked(changes, said, file):
     values = latent_config(file)
-    values |= {k: {**values.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}
+    values |= {
+        k: {**values.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()
+    }
     values |= {"codec": changes["codec"]} if "codec" in changes else {}
     assert said in line(completed, values)
 
@@ -174,14 +176,13 @@ def test_files_that_are_no_autoencoder_are_refused(file):
 
 def altered(file, **entries):
     """Changes the header of a file, and its digest with it."""
-    from pipeline.autoencoder_file import FORMAT, read_autoencoder
+    from pipeline.autoencoder_file import FORMAT, HEADER, read_autoencoder
 
     known = read_autoencoder(file)
     content = {**known.header, **{k: v for k, v in entries.items() if k in known.header}}
     own = digest({**content, "weights": known.weights})
-    header = {**content, "format_version": 1, "digest": own, **entries}
-    text = {"format": FORMAT, **{name: json.dumps(value) for name, value in header.items()}}
-    file.write_bytes(safetensors.torch.save(known.weights, text))
+    header = {"format": FORMAT, "format_version": 1, "digest": own, **content, **entries}
+    file.write_bytes(safetensors.torch.save(known.weights, {HEADER: json.dumps(header)}))
 
 
 @pytest.mark.parametrize(
