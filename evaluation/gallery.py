@@ -63,6 +63,8 @@ class Gallery:
         model, diffusion = (s.model_dump(mode="json") for s in (config.model, config.diffusion))
         if not model["guidance"]:
             del model["guidance"]
+        if model["name"] == "unet":
+            del model["name"]
         precision = sampling_engine(config.engine, self.world.device).precision
         made_by = [[model, diffusion], config.sampling.clip, precision]
         if not torch.equal(levels, uniform_grid(build_schedule(config), steps)):
