@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusion.grids import Grid
+from models.unet_section import UNetSection
+from pipeline.build import image_shape
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint_checks import State
-from pipeline.network import build_network
 from tools.diffusers_unet import unet_config, unet_weights
 from utils.command import InputError
 
@@ -41,11 +42,10 @@ def exported(
     that takes it as an input. Raises InputError for what diffusers cannot hold exactly.
     """
     prediction, model = checkpoint.config.diffusion.prediction, checkpoint.config.model
-    name = getattr(model, "name", "unet")
-    if name not in NETWORKS:
+    if model.name not in EXPORTS:
         raise InputError(
-            f"{path}: model.name: {name}, which UNet2DModel cannot be; {' and '.join(NETWORKS)} "
-            "can be exported"
+            f"{path}: model.name: {model.name}, which UNet2DModel cannot be; "
+            f"{', '.join(EXPORTS)} can be exported"
         )
     if prediction not in PREDICTION_TYPES:
         raise InputError(
@@ -62,7 +62,7 @@ def exported(
             "step, or one distilled for ddim, can be exported"
         )
     _require_guidance(guidance, model.guidance, path)
-    return NETWORKS[name](checkpoint, path, checkpoint.levels(steps), guidance)
+    return EXPORTS[model.name](checkpoint, path, checkpoint.levels(steps), guidance)
 
 
 def _require_guidance(weight: float | None, wanted: bool, path: Path) -> None:
@@ -121,13 +121,15 @@ def _from_unet(
     checkpoint: Checkpoint, path: Path, levels: Grid, guidance: float | None
 ) -> Exported:
     """Returns the parts for models/unet.py."""
+    model, steps = checkpoint.config.model, len(levels) - 1
+    assert isinstance(model, UNetSection)
     return Exported(
-        unet=unet_config(checkpoint, len(levels) - 1, path),
-        weights=unet_weights(checkpoint, levels, guidance),
+        unet=unet_config(model, image_shape(checkpoint.config), steps, path),
+        weights=unet_weights(model, checkpoint.weights, levels, guidance),
         scheduler=scheduler_config(checkpoint, levels, path),
-        steps=len(levels) - 1,
+        steps=steps,
         clip=checkpoint.config.sampling.clip,
-        patch_size=checkpoint.config.model.patch_size,
+        patch_size=model.patch_size,
     )
 
 
@@ -142,9 +144,9 @@ def _from_diffusers(
     table: the logsnr of each timestep, from the least noise on. Raises InputError for a grid that
     is not that of evenly spaced timesteps, because DDIMScheduler takes no other steps.
     """
-    network = build_network(checkpoint.config, torch.device("cpu"), dropout=0.0)
-    inner: Any = network.unet
-    config = {k: v for k, v in inner.config.items() if not k.startswith("_")}
+    model: Any = checkpoint.config.model
+    channels, image_size, _ = image_shape(checkpoint.config)
+    given = {"sample_size": image_size, "in_channels": channels, "out_channels": channels}
     table, steps = checkpoint.weights["table"].double(), len(levels) - 1
     apart, left_over = divmod(len(table), steps)
     if left_over or not torch.allclose(table.flip(0)[::apart], levels[:-1], rtol=0, atol=1e-4):
@@ -154,7 +156,7 @@ def _from_diffusers(
         )
     whole = torch.cat([table.flip(0), levels[-1:]])
     return Exported(
-        unet={"_class_name": "UNet2DModel", **config},
+        unet={"_class_name": "UNet2DModel", **model.config, **given},
         weights={
             name.removeprefix("unet."): tensor.float().contiguous()
             for name, tensor in checkpoint.weights.items()
@@ -166,7 +168,7 @@ def _from_diffusers(
     )
 
 
-NETWORKS: dict[str, Callable[[Checkpoint, Path, Grid, float | None], Exported]] = {
+EXPORTS: dict[str, Callable[[Checkpoint, Path, Grid, float | None], Exported]] = {
     "unet": _from_unet,
     "diffusers_unet": _from_diffusers,
 }

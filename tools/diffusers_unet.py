@@ -13,18 +13,21 @@ import torch
 
 from diffusion.grids import Grid
 from models.layers import guidance_features, time_features
-from pipeline.build import image_shape
-from pipeline.checkpoint import Checkpoint
+from models.unet_section import UNetSection
 from pipeline.checkpoint_checks import State
 from utils.command import InputError
 
 GROUPS = 32  # of every GroupNorm
 
 
-def unet_config(checkpoint: Checkpoint, steps: int, path: Path) -> dict[str, Any]:
-    """Returns the config of the UNet2DModel. Raises InputError for networks that it cannot be."""
-    model = checkpoint.config.model
-    channels, image_size, _ = image_shape(checkpoint.config)
+def unet_config(
+    model: UNetSection, image: tuple[int, int, int], steps: int, path: Path
+) -> dict[str, Any]:
+    """Returns the config of the UNet2DModel. Raises InputError for networks that it cannot be.
+
+    image: the shape of an image, (C, H, W). path: the checkpoint's file, for errors.
+    """
+    channels, image_size, _ = image
     folded = channels * model.patch_size**2
     sizes = [image_size // model.patch_size >> n for n in range(len(model.channel_multipliers))]
     attends = [size in model.attention_resolutions for size in sizes]
@@ -47,7 +50,7 @@ def unet_config(checkpoint: Checkpoint, steps: int, path: Path) -> dict[str, Any
         "downsample_type": "resnet" if resnet else "conv",
         "upsample_type": "resnet" if resnet else "conv",
         "downsample_padding": 0,  # that is, one pixel at the bottom and the right
-        "attention_head_dim": _head_dim(checkpoint, attends, path),
+        "attention_head_dim": _head_dim(model, attends, path),
         "resnet_time_scale_shift": "scale_shift",
         "norm_num_groups": GROUPS,
         "attn_norm_num_groups": GROUPS,  # or else the attention in the middle has no norm
@@ -80,9 +83,8 @@ def _require_widths(channels: int, first_multiplier: int, path: Path) -> None:
         )
 
 
-def _head_dim(checkpoint: Checkpoint, attends: list[bool], path: Path) -> int | None:
+def _head_dim(model: UNetSection, attends: list[bool], path: Path) -> int | None:
     """Returns the width of an attention head; None if each attention has one head."""
-    model = checkpoint.config.model
     if model.attention_head_dim:
         return model.attention_head_dim
     if model.attention_heads == 1:
@@ -117,10 +119,12 @@ NAMES = {
 }
 
 
-def unet_weights(checkpoint: Checkpoint, levels: Grid, guidance: float | None) -> State:
-    """Returns the weights of the UNet2DModel."""
-    model, weights = checkpoint.config.model, dict(checkpoint.weights)
-    ours = {name: weights.pop(name) for name in list(weights) if "_embedding." in name}
+def unet_weights(model: UNetSection, ours: State, levels: Grid, guidance: float | None) -> State:
+    """Returns the weights of the UNet2DModel. ours: those of models/unet.py.
+
+    levels, guidance: the only noise levels and guidance weight that it will know.
+    """
+    weights = {name: tensor for name, tensor in ours.items() if "_embedding." not in name}
     if guidance is not None:  # a constant that is added to the embedding
         features = guidance_features(torch.tensor([guidance]), model.channels)
         added = torch.nn.functional.linear(

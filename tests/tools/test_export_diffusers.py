@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from models.networks import NETWORKS
 from pipeline.build import image_shape, load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import make_config
@@ -38,18 +39,23 @@ MODEL = {
 }
 
 
-def checkpoint_of(model, steps=STEPS, sampler="ddim", data=None, **sections):
-    """A checkpoint with random weights, none of them zero: a student, or a base model of None."""
+def checkpoint_of(model, steps=STEPS, sampler="ddim", data=None, warp=1.3, **sections):
+    """A checkpoint with random weights, none of them zero: a student, or a base model of None.
+
+    warp: 1 for a uniform grid; otherwise one recomputed from the steps alone would be noticed.
+    """
     values = {"data": {"name": "cifar10", "image_size": 8, "channels": 3} | (data or {})}
-    config = make_config(values | {"model": MODEL | model} | sections, "test")
-    draw = generator("cpu", "export", json.dumps(model))
+    sizes = model if "name" in model else MODEL | model
+    config = make_config(values | {"model": sizes} | sections, "test")
+    draw, network = generator("cpu", "export", json.dumps(model)), build_network(config, CPU)
     weights = {
         name: torch.randn(t.shape, generator=draw) / math.sqrt(t[0].numel() if t.ndim > 1 else 25)
-        for name, t in build_network(config, CPU).state_dict().items()
+        for name, t in network.state_dict().items()
     }
-    weights["conv_out.weight"] *= 5  # so that x_hat is clipped now and then
-    # Levels of no uniform grid, so that one recomputed from N is noticed.
-    t = torch.linspace(1, 0, (steps or 1) + 1, dtype=torch.float64)[:-1] ** 1.3
+    if "conv_out.weight" in weights:
+        weights["conv_out.weight"] *= 5  # so that x_hat is clipped now and then
+    weights |= {name: t for name, t in network.named_buffers() if name == "table"}
+    t = torch.linspace(1, 0, (steps or 1) + 1, dtype=torch.float64)[:-1] ** warp
     grid = None if steps is None else (*build_schedule(config)(t).tolist(), math.inf)
     return Checkpoint(
         kind="base" if steps is None else "student",
@@ -97,7 +103,7 @@ def largest_difference(checkpoint, unet, levels, patch_size=1, guidance=None):
     return worst, size
 
 
-NETWORKS = {
+MODELS = {
     "conv": {},
     "block": {"resample": "block"},
     "plain": {"resample": "plain", "channel_multipliers": [1, 2, 1], "attention_head_dim": 16},
@@ -122,7 +128,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_the_network_is_ours(model, tmp_path):
     checkpoint = checkpoint_of(model)
     unet = export(tmp_path, checkpoint).unet
@@ -248,7 +254,7 @@ def code_of(folder):
     return code
 
 
-@pytest.mark.parametrize("model", [{}, NETWORKS["classes, patches, block"]], ids=["plain", "loop"])
+@pytest.mark.parametrize("model", [{}, MODELS["classes, patches, block"]], ids=["plain", "loop"])
 def test_the_code_of_the_readme_runs_as_it_stands(model, tmp_path):
     export(tmp_path, checkpoint_of(model))
     code = code_of(tmp_path / "out")
@@ -269,7 +275,7 @@ def test_the_code_of_the_readme_runs_as_it_stands(model, tmp_path):
 
 
 def test_the_labels_of_the_loop_are_ours(tmp_path, monkeypatch):
-    checkpoint = checkpoint_of(NETWORKS["classes, patches, block"], steps=8)
+    checkpoint = checkpoint_of(MODELS["classes, patches, block"], steps=8)
     export(tmp_path, checkpoint)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -282,9 +288,43 @@ def test_the_labels_of_the_loop_are_ours(tmp_path, monkeypatch):
     assert share_apart(drawn, ours(checkpoint, 6, labels="1,0,-1"))[0] > 0.1
 
 
+FOREIGN = {
+    "name": "diffusers_unet",
+    "num_train_timesteps": 24,
+    "config": {
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 8,
+    },
+}
+
+
+@pytest.mark.skipif("diffusers_unet" not in NETWORKS, reason="there is no such network")
+def test_a_network_that_came_from_diffusers_goes_back_with_its_whole_table(tmp_path, capsys):
+    checkpoint = checkpoint_of(FOREIGN, 8, warp=1.0)
+    pipeline = export(tmp_path, checkpoint)
+    assert pipeline.scheduler.config.num_train_timesteps == 24
+    expected = ours(checkpoint, 16)
+    share, most = share_apart(theirs(pipeline, 16, 8, True), expected)
+    assert expected.float().std() > 10
+    assert share <= 1e-3
+    assert most <= 1
+    save_checkpoint(tmp_path / "toy.pt", checkpoint_of(FOREIGN, 8))
+    capsys.readouterr()
+    arguments = [str(tmp_path / "toy.pt"), "--output", str(tmp_path / "another")]
+    assert export_diffusers.main(arguments) == 2
+    assert "grid: 8 steps that are not evenly spaced in the 24 timesteps" in capsys.readouterr().err
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 REFUSED = {
+    "model.name: dit": (
+        {"name": "dit", "channels": 16, "depth": 1, "attention_heads": 2},
+        {},
+    ),
     "no scheduler of diffusers reads": ({}, {"diffusion": {"prediction": "both"}}),
     "float32 betas of DDIMScheduler do not hold": ({}, {"diffusion": {"prediction": "eps"}}),
     "model.guidance: UNet2DModel does not take": ({"num_classes": 2, "guidance": True}, {}),
