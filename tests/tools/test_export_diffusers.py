@@ -78,6 +78,8 @@ def export(folder, checkpoint, *options):
 
 
 def load(folder):
+    _, info = diffusers.UNet2DModel.from_pretrained(folder / "unet", output_loading_info=True)
+    assert not any(info.values()), info  # no weight is missing, left over or of another shape
     pipeline = diffusers.DDIMPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -89,7 +91,7 @@ def largest_difference(checkpoint, unet, levels, patch_size=1, guidance=None):
     classes = checkpoint.config.model.num_classes
     labels = None if classes is None else torch.tensor([0, classes - 1, -1])
     z = torch.randn(3, *image_shape(checkpoint.config), generator=generator("cpu", "z"))
-    worst, size = 0.0, 0.0
+    apart, sizes = [], []
     for i, logsnr in enumerate(levels[:-1].flip(0)):
         condition = {} if labels is None else {"label": labels}
         if guidance is not None:
@@ -98,9 +100,9 @@ def largest_difference(checkpoint, unet, levels, patch_size=1, guidance=None):
         rows = None if labels is None else torch.where(labels < 0, classes, labels)
         with torch.no_grad():
             theirs = unet(pixel_unshuffle(z, patch_size), i, rows).sample
-        worst = max(worst, (pixel_shuffle(theirs, patch_size) - ours).abs().max().item())
-        size = max(size, ours.std().item())
-    return worst, size
+        apart.append((pixel_shuffle(theirs, patch_size) - ours).abs().max())
+        sizes.append(ours.std())
+    return torch.stack(apart).max().item(), torch.stack(sizes).max().item()  # NaN stays NaN
 
 
 MODELS = {
