@@ -82,6 +82,10 @@ def _require_guidance(weight: float | None, wanted: bool, path: Path) -> None:
 # --- the scheduler --------------------------------------------------------------------------------
 
 
+# A scheduler's config has them even where trained_betas takes their place.
+UNUSED = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
 def scheduler_config(checkpoint: Checkpoint, levels: Grid, path: Path) -> dict[str, Any]:
     """Returns the config of a DDIMScheduler whose N timesteps are the levels of the grid.
 
@@ -105,6 +109,7 @@ def scheduler_config(checkpoint: Checkpoint, levels: Grid, path: Path) -> dict[s
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": len(betas),
         "trained_betas": betas.tolist(),
+        **UNUSED,
         "prediction_type": PREDICTION_TYPES[prediction],
         "clip_sample": checkpoint.config.sampling.clip,
         "clip_sample_range": 1.0,
