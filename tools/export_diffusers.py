@@ -44,7 +44,9 @@ def export(arguments: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(path)
     parts = exported(checkpoint, path, arguments.steps, arguments.guidance)
     require_finite({"unet": parts.weights}, f"{folder}: not written")
-    rows = measured(arguments.results, checkpoint, parts.steps) if arguments.results else []
+    rows = []
+    if arguments.results:
+        rows = measured(arguments.results, checkpoint, parts.steps, arguments.guidance or 0.0)
     with atomic_write(folder / "unet" / "diffusion_pytorch_model.safetensors") as file:
         file.write(safetensors.torch.save(parts.weights, {"format": "pt"}))
     write_text(folder / "unet" / "config.json", _json(parts.unet))

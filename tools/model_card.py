@@ -15,13 +15,13 @@ from utils.command import InputError
 from utils.processes import World
 
 
-def measured(path: Path, checkpoint: Checkpoint, steps: int) -> list[Row]:
+def measured(path: Path, checkpoint: Checkpoint, steps: int, guidance: float) -> list[Row]:
     """Returns the rows of evaluate.py's results.json that measure these weights in these steps."""
     results = read_results(path)
     if results is None:
         raise InputError(f"--results {path}: no such file; evaluate.py writes a results.json")
     gallery = Gallery(Path(), World(torch.device("cpu")), seed=0, batch_size=1)
-    key = gallery.key(checkpoint, "ddim", steps)
+    key = gallery.key(checkpoint, "ddim", steps, guidance)
     return [row for row in results.rows if row.source == key]
 
 
