@@ -1,6 +1,6 @@
 """The types of a config's values, and the base class of its sections."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -19,8 +19,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def one_of(names: Mapping[str, Any]) -> AfterValidator:
-    """Returns a validator: the string must be a key of the table."""
+def one_of(names: Collection[str]) -> AfterValidator:
+    """Returns a validator: the string must be one of the names."""
 
     def check(name: str) -> str:
         if name not in names:
@@ -45,6 +45,9 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+TABLE = "table"
+"""In the place of a schedule: the levels are those of the checkpoint's grid, not of a formula."""
+
 # Upper limits only catch typing errors, before they run out of memory.
 T = TypeVar("T")
 ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
@@ -61,7 +64,7 @@ PathName = Annotated[str, AfterValidator(_path)]
 SamplerName = Annotated[str, AfterValidator(_sampler_name)]
 DatasetName = Annotated[str, one_of(DATASETS)]
 OutputTypeName = Annotated[str, one_of(OUTPUT_TYPES)]
-ScheduleName = Annotated[str, one_of(SCHEDULES)]
+ScheduleName = Annotated[str, one_of([*SCHEDULES, TABLE])]
 LossWeightName = Annotated[str, one_of(SQUARED_ERRORS)]
 LossName = Annotated[str, one_of(LOSSES)]
 MethodName = Annotated[str, one_of(METHODS)]
