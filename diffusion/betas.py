@@ -1,7 +1,7 @@
 """Discrete noise schedules: the variances beta_i that the steps i = 0 .. T-1 of a chain add.
 
-abar_i = prod_(j <= i) (1 - beta_j) is alpha^2 after step i (Ho et al. 2020), so that its noise level
-is logsnr_i = log(abar_i / (1 - abar_i)). All in float64.
+abar_i = prod_(j <= i) (1 - beta_j) is alpha^2 after step i (Ho et al. 2020), so that the level is
+logsnr_i = log(abar_i / (1 - abar_i)). All in float64.
 """
 
 import math
