@@ -26,7 +26,7 @@ class DiffusersUNetSection(Section):
     num_class_embeds are classes; if it has one row more, that one means no class. guidance: never.
     """
 
-    name: Literal["diffusers_unet"] = "diffusers_unet"
+    name: Literal["diffusers_unet"]
     config: dict[str, Any]
     num_train_timesteps: Annotated[int, Field(ge=1, le=2**16)]
     num_classes: Count | None = None
@@ -52,8 +52,8 @@ class DiffusersUNetSection(Section):
             return f"{where}.config: class_embed_type: only null is taken, with num_class_embeds"
         if rows != self.num_classes and (self.num_classes is None or rows != self.num_classes + 1):
             return (
-                f"{where}.num_classes: {self.num_classes}, but its num_class_embeds is {rows}; take "
-                "the same, or one less if the last row means no class"
+                f"{where}.num_classes: {self.num_classes}, but its num_class_embeds is {rows}; "
+                "take the same, or one less if the last row means no class"
             )
         layers = config.get("layers_per_block", 2)
         if not (type(layers) is int and 1 <= layers <= MOST_LAYERS):
@@ -62,13 +62,15 @@ class DiffusersUNetSection(Section):
 
     def _failure(self, image_size: int, where: str) -> str | None:
         """Returns how building it, and calling it once, fails; without memory or arithmetic."""
+        sizes = self.model_dump(exclude={"name"})
         try:
             with torch.device("meta"):
-                one = {"image_channels": 1, "output_channels": 1}
-                unet = DiffusersUNet(self, image_size=image_size, **one).unet
+                network = DiffusersUNet(
+                    image_size=image_size, image_channels=1, output_channels=1, **sizes
+                )
                 label = None if self.num_classes is None else torch.zeros(1, dtype=torch.long)
                 z = torch.zeros(1, 1, image_size, image_size)
-                unet(z, torch.zeros(1, dtype=torch.long), class_labels=label)
+                network.unet(z, torch.zeros(1, dtype=torch.long), class_labels=label)
         except InputError as error:
             return f"{where}.name: {error}"
         except Exception as error:  # it raises anything for what does not fit together
@@ -89,27 +91,32 @@ class DiffusersUNet(nn.Module):
 
     def __init__(
         self,
-        section: DiffusersUNetSection,
         *,
         image_size: int,
         image_channels: int,
         output_channels: int,
+        config: dict[str, Any],
+        num_train_timesteps: int,
+        num_classes: int | None,
+        dropout: float,
+        guidance: bool = False,
     ) -> None:
+        """Raises InputError if diffusers is not installed."""
         super().__init__()
         try:
             from diffusers import UNet2DModel
         except ImportError:
-            raise InputError(f"{section.name} needs diffusers: pip install diffusers") from None
-        t = torch.arange(1, section.num_train_timesteps + 1, dtype=torch.float64)
-        self.register_buffer("table", cosine_logsnr(t / section.num_train_timesteps))
-        self.num_classes = section.num_classes
-        self.knows_no_class = section.config.get("num_class_embeds") != section.num_classes
-        self.unet = UNet2DModel(
-            **section.config,
+            raise InputError("diffusers_unet needs diffusers: pip install diffusers") from None
+        t = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        self.register_buffer("table", cosine_logsnr(t))
+        self.num_classes = num_classes
+        self.knows_no_class = config.get("num_class_embeds") != num_classes
+        self.unet: Any = UNet2DModel(
+            **config,
             sample_size=image_size,
             in_channels=image_channels,
             out_channels=output_channels,
-            dropout=section.dropout,
+            dropout=dropout,
         )
 
     def forward(

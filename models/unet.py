@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.conditioning import Conditioned
 from models.layers import (
     Attention,
     ConvDownsample,
@@ -17,9 +18,6 @@ from models.layers import (
     ResBlock,
     conv,
     group_norm,
-    guidance_features,
-    linear,
-    time_features,
 )
 
 
@@ -117,7 +115,7 @@ class Parts:
         return Up(blocks, attentions, None if last else self.resampling(width, "up"))
 
 
-class UNet(nn.Module):
+class UNet(Conditioned):
     """(z, logsnr, label, guidance) -> output: the UNet of Salimans & Ho 2022 and its JAX code.
 
     image_size, image_channels: of z; output_channels: twice the image's for output type both.
@@ -127,9 +125,7 @@ class UNet(nn.Module):
     is followed by attention, with attention_heads heads or, if given, with heads of width
     attention_head_dim. resample: block (in a residual block), conv or plain (2x2 average pooling
     and nearest neighbour, without weights). patch_size p folds p x p pixels into channels first
-    and unfolds them last. num_classes: None for an unconditional network. guidance: whether the
-    guidance weight is an input; its layer starts at zero, so that the network starts as the one
-    without.
+    and unfolds them last. num_classes, guidance: see Conditioned.
     """
 
     def __init__(
@@ -151,10 +147,9 @@ class UNet(nn.Module):
         num_classes: int | None,
         guidance: bool = False,
     ) -> None:
-        super().__init__()
         embedding_channels = embedding_channels or 4 * channels
-        self.channels, self.patch_size = channels, patch_size
-        self.num_classes, self.guidance = num_classes, guidance
+        super().__init__(channels, embedding_channels, num_classes, guidance)
+        self.patch_size = patch_size
         parts = Parts(embedding_channels, dropout, attention_heads, attention_head_dim, resample)
         widths = [channels * multiplier for multiplier in channel_multipliers]
         attends = [
@@ -162,12 +157,6 @@ class UNet(nn.Module):
         ]
         last = len(widths) - 1
 
-        self.time_in = linear(channels, embedding_channels)
-        self.time_out = linear(embedding_channels, embedding_channels)
-        if num_classes is not None:
-            self.class_embedding = linear(num_classes, embedding_channels)
-        if guidance:
-            self.guidance_embedding = linear(channels, embedding_channels, zero=True)
         self.conv_in = conv(image_channels * patch_size**2, channels)
 
         skips, width = [channels], channels  # skips: the widths that the way down pushes
@@ -188,33 +177,6 @@ class UNet(nn.Module):
 
         self.norm_out = group_norm(width)
         self.conv_out = conv(width, output_channels * patch_size**2, zero=True)
-
-    def embed(
-        self,
-        logsnr: Float[Tensor, "b"],
-        label: Int[Tensor, "b"] | None,
-        guidance: Float[Tensor, "b"] | None,
-    ) -> Float[Tensor, "b e"]:
-        """Returns the embedding of the noise level, the class and the guidance weight.
-
-        Label -1 means no class: only the bias is added. Raises ValueError for a label or a guidance
-        weight that the network does not take, and for a missing guidance weight.
-        """
-        embedding = self.time_out(F.silu(self.time_in(time_features(logsnr, self.channels))))
-        if (guidance is None) == self.guidance:
-            wanted = "needs a" if self.guidance else "takes no"
-            raise ValueError(f"this network {wanted} guidance weight")
-        if guidance is not None:
-            features = guidance_features(guidance.to(logsnr.dtype), self.channels)
-            embedding = embedding + self.guidance_embedding(features)
-        if self.num_classes is None:
-            if label is not None:
-                raise ValueError("a label was given to a network without classes")
-            return embedding
-        classes = torch.arange(self.num_classes, device=logsnr.device)
-        if label is None:
-            label = torch.full((len(logsnr),), -1, device=logsnr.device)
-        return embedding + self.class_embedding((label[:, None] == classes).to(logsnr.dtype))
 
     def forward(
         self,

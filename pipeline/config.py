@@ -3,20 +3,22 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from models.networks import NETWORKS, NetworkSection
+from models.unet_section import UNetSection
 from pipeline.sections import PER_STAGE as PER_STAGE
 from pipeline.sections import DataConfig as DataConfig
 from pipeline.sections import DiffusionConfig, EngineConfig, SamplingConfig, TrainingConfig
 from pipeline.sections import DistillationConfig as DistillationConfig
-from pipeline.sections import ModelConfig as ModelConfig
 from pipeline.sections import Recipe as Recipe
 from pipeline.values import GridChoice as GridChoice
-from pipeline.values import PathName, Section
+from pipeline.values import PathName
 from utils.command import InputError
 from utils.strict_yaml import override, read_yaml
+from utils.values import Section
 
 
 class Config(Section):
@@ -25,7 +27,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: PathName | None = None
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: NetworkSection = UNetSection()
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig = TrainingConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -56,9 +58,7 @@ class Config(Section):
         return self
 
 
-SECTIONS = [
-    name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")
-]
+SECTIONS = [name for name in Config.model_fields if isinstance(getattr(Config(), name), Section)]
 
 
 # --- from files and command lines ---------------------------------------------------------------
@@ -85,7 +85,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def explain(error: ValidationError) -> str:
     """Describes the first error in one line: the key, what is wrong, what would be right."""
     by_key: dict[tuple[str, ...], list[Any]] = {}
-    for one in error.errors():
+    errors: list[dict[str, Any]] = [{**one} for one in error.errors()]
+    for one in errors:
+        one["loc"], one["network"] = _untagged(one["loc"])
         by_key.setdefault(tuple(map(str, one["loc"][:2])), []).append(one)
     # A value that may be a number or a list has an error for each; the deeper one says more.
     first = max(next(iter(by_key.values())), key=lambda one: len(one["loc"]))
@@ -93,8 +95,13 @@ def explain(error: ValidationError) -> str:
     path = [str(part) for part in first["loc"][:depth]]
     path += [str(part) for part in first["loc"][depth:] if isinstance(part, int)]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key" + _nearest_key(path)
+    if first["type"] == "union_tag_invalid":
+        path.append("name")
+        message = f"{first['ctx']['tag']!r} is not one of {', '.join(NETWORKS)}"
+    elif first["type"] == "union_tag_not_found":
+        message = f"not a section of keys and values (it is {_shortened(first['input'])})"
+    elif first["type"] == "extra_forbidden":
+        message = "unknown key" + _nearest_key(path, first["network"])
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] != "value_error" or len(path) > 1:
@@ -105,24 +112,34 @@ def explain(error: ValidationError) -> str:
     return (f"{key}: " if key else "") + message + more
 
 
+def _untagged(where: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], str]:
+    """Returns the location without the name of a network, which pydantic adds, and that name."""
+    depth = 2 if where[:2] == ("distillation", "student") else 1
+    if where[:1] == ("model",) or depth == 2:
+        tag = where[depth : depth + 1]
+        if tag and tag[0] in NETWORKS:
+            return where[:depth] + where[depth + 1 :], str(tag[0])
+    return where, "unet"
+
+
 def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _nearest_key(path: list[str]) -> str:
+def _nearest_key(path: list[str], network: str) -> str:
     section: Any = Config
     for part in path[:-1]:
-        section = section.model_fields[part].annotation
-        section = section if hasattr(section, "model_fields") else get_args(section)[0]  # X | None
+        where = section.model_fields[part].annotation
+        section = where if hasattr(where, "model_fields") else NETWORKS[network].section
     keys = list(section.model_fields)
     near = difflib.get_close_matches(path[-1], keys, 1)
     if near:
         return f"; did you mean {near[0]}?"
     home = [
         f"{name}.{path[-1]}"
-        for name, field in Config.model_fields.items()
-        if path[-1] in getattr(field.annotation, "model_fields", {})
+        for name in SECTIONS
+        if path[-1] in type(getattr(Config(), name)).model_fields
     ]
     return f"; did you mean {home[0]}?" if home else f"; known: {', '.join(keys)}"
 

@@ -9,30 +9,30 @@ from torch import Tensor, nn
 from diffusion.gaussian import OUTPUT_TYPES
 from diffusion.grids import Grid, coarser_grid, uniform_grid, uniform_times
 from diffusion.schedule import SCHEDULES, Schedule, make_schedule
-from models.unet import UNet
+from models.networks import NETWORKS
 from pipeline.config import Config
 from pipeline.values import TABLE
 from utils.command import InputError
 
 
-def build_network(config: Config, device: torch.device, dropout: float | None = None) -> UNet:
+def build_network(config: Config, device: torch.device, dropout: float | None = None) -> nn.Module:
     """Returns the config's network with new random weights, in the device's fast memory format.
 
     That is channels_last on GPUs. On a CPU it gains up to 5% on wide networks, but GroupNorm with
     one channel a group, as in small networks, takes several times as long.
     """
-    sizes = config.model.model_dump()
+    sizes = config.model.model_dump(exclude={"name"})
     if dropout is not None:
         sizes["dropout"] = dropout
     channels = config.data.channels
-    network = UNet(
+    network = NETWORKS[config.model.name].build(
         image_size=config.data.image_size,
         image_channels=channels,
         output_channels=channels * OUTPUT_TYPES[config.diffusion.prediction].channels,
         **sizes,
     )
     fast = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return network.to(device, memory_format=fast)  # type: ignore[call-overload]
+    return network.to(device, memory_format=fast)  # type: ignore[call-overload, no-any-return]
 
 
 def build_schedule(config: Config) -> Schedule:

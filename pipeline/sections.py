@@ -4,7 +4,6 @@ The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml), e
 model.resample: a config without that key keeps the network that it has always had.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -12,25 +11,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from diffusion.distillation import METHODS
+from models.networks import NetworkSection
 from pipeline.values import (
-    Count,
-    Counts,
     DatasetName,
     Exponent,
-    Fraction,
     GridChoice,
-    ListOf,
     LossName,
     LossWeightName,
     MethodName,
     OutputTypeName,
     PathName,
-    Positive,
     Range,
+    Rate,
     SamplerName,
     ScheduleName,
-    Section,
 )
+from utils.values import Count, Counts, Fraction, ListOf, Positive, Section
 
 # The keys of distillation that take one value, or a list with one for each stage.
 PER_STAGE = ("method", "updates_per_stage", "learning_rate", "time_exponent")
@@ -65,64 +61,6 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0, le=64)] = 2
 
 
-class ModelConfig(Section):
-    """The UNet's sizes (models/unet.py). guidance: whether the guidance weight is an input."""
-
-    channels: Annotated[int, Field(ge=4, le=2**14)] = 128
-    embedding_channels: Annotated[int, Field(ge=1, le=2**16)] | None = None
-    channel_multipliers: Annotated[Counts, Field(min_length=1)] = (1, 2, 2, 2)
-    blocks_per_level: Annotated[int, Field(ge=1, le=64)] = 2
-    attention_resolutions: Counts = (16,)
-    attention_heads: Annotated[int, Field(ge=1, le=1024)] = 2
-    attention_head_dim: Annotated[int, Field(ge=1, le=4096)] | None = None
-    dropout: Fraction = 0.1
-    resample: Literal["block", "conv", "plain"] = "block"
-    patch_size: Annotated[int, Field(ge=1, le=64)] = 1
-    num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    guidance: bool = False
-
-    def misfit(self, image_size: int, where: str) -> str | None:
-        """Returns why the network cannot take images of this size, or None if it can.
-
-        where: the dotted key of this section, for the message.
-        """
-        divisor = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
-        if image_size % divisor:
-            return (
-                f"data.image_size: {image_size} is not divisible by {divisor}, which "
-                f"{where}.patch_size and the {len(self.channel_multipliers)} entries of "
-                f"{where}.channel_multipliers need"
-            )
-        levels = range(len(self.channel_multipliers))
-        resolutions = [image_size // self.patch_size >> level for level in levels]
-        for resolution in self.attention_resolutions:
-            if resolution not in resolutions:
-                return (
-                    f"{where}.attention_resolutions: {resolution} does not occur; take any of "
-                    f"{', '.join(map(str, resolutions))}"
-                )
-        widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
-        if resolutions[-1] == 1 and widths[-1] == math.gcd(32, widths[-1]):
-            return (
-                f"{where}.channel_multipliers: {len(widths)} entries leave one pixel, which "
-                f"GroupNorm cannot normalise with {widths[-1]} channels, one a group; take fewer"
-            )
-        with_attention = {
-            width
-            for width, resolution in zip(widths, resolutions, strict=True)
-            if resolution in self.attention_resolutions
-        } | {widths[-1]}  # the middle block always attends
-        key = "attention_head_dim" if self.attention_head_dim else "attention_heads"
-        value = self.attention_head_dim or self.attention_heads
-        for width in sorted(with_attention):
-            if width % value:
-                return (
-                    f"{where}.{key}: {value} does not divide the {width} channels that attention "
-                    "works on"
-                )
-        return None
-
-
 class DiffusionConfig(Section):
     """The diffusion process and what the network predicts.
 
@@ -149,11 +87,11 @@ class TrainingConfig(Recipe):
     """
 
     updates: Count = 10_000
-    learning_rate: Positive = 2.0e-4
+    learning_rate: Rate = 2.0e-4
     learning_rate_decay: Literal["none", "linear"] = "none"
     times: Literal["uniform", "stratified"] = "uniform"
     warmup: Annotated[int, Field(ge=0, le=2**31)] = 1000
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
     ema_decay: Fraction = 0.9999
     label_dropout: Fraction = 0.0
     keep_checkpoints: Annotated[int, Field(ge=2, le=2**31)] | None = None
@@ -184,17 +122,17 @@ class DistillationConfig(Recipe):
     ladder: Annotated[Counts, Field(min_length=2)] | None = None
     method: MethodName | ListOf[MethodName] = "progressive"
     grid: GridChoice = "uniform"
-    student: ModelConfig | None = None
+    student: NetworkSection | None = None
     prediction: OutputTypeName | None = None
     updates_per_stage: Count | ListOf[Count] = 5000
-    learning_rate: Positive | ListOf[Positive] = 1.0e-4
+    learning_rate: Rate | ListOf[Rate] = 1.0e-4
     time_exponent: Exponent | ListOf[Exponent] = 1.0
     loss_weight: LossWeightName = "snr_trunc"
     losses: Annotated[dict[LossName, Positive], Field(min_length=1)] | None = None
     guidance: Range | None = None
     ema_decay: Fraction | None = None
     walker_decay: Fraction = 0.5
-    pull: Annotated[float, Field(ge=0.0)] = 0.0
+    pull: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillationConfig":

@@ -1,9 +1,9 @@
-"""The types of a config's values, and the base class of its sections."""
+"""The types of a config's values that are names of the project's tables, and a few ranges."""
 
 from collections.abc import Collection
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from diffusion.distillation import METHODS
 from diffusion.gaussian import OUTPUT_TYPES
@@ -11,12 +11,7 @@ from diffusion.losses import LOSSES, SQUARED_ERRORS
 from diffusion.samplers import make_sampler
 from diffusion.schedule import SCHEDULES
 from pipeline.data import DATASETS
-
-
-class Section(BaseModel):
-    """Frozen; refuses unknown keys and converts nothing: true is no number, a number no string."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from utils.values import AsTuple, ListOf
 
 
 def one_of(names: Collection[str]) -> AfterValidator:
@@ -41,25 +36,15 @@ def _path(text: str) -> str:
     return text
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 TABLE = "table"
 """In the place of a schedule: the levels are those of the checkpoint's grid, not of a formula."""
 
-# Upper limits only catch typing errors, before they run out of memory.
-T = TypeVar("T")
-ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
-Counts = Annotated[ListOf[Annotated[int, Field(ge=1, le=2**20)]], Field(max_length=64)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
+Rate = Annotated[float, Field(gt=0.0, le=1000.0)]
 Exponent = Annotated[float, Field(ge=1.0, le=10.0)]
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
 GridChoice = Literal["uniform", "adaptive"] | ListOf[Time]
 GuidanceWeight = Annotated[float, Field(ge=0.0, le=100.0)]
-Range = Annotated[tuple[GuidanceWeight, GuidanceWeight], BeforeValidator(_as_tuple)]
+Range = Annotated[tuple[GuidanceWeight, GuidanceWeight], AsTuple]
 PathName = Annotated[str, AfterValidator(_path)]
 SamplerName = Annotated[str, AfterValidator(_sampler_name)]
 DatasetName = Annotated[str, one_of(DATASETS)]

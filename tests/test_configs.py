@@ -30,6 +30,7 @@ KEYS = {
     "data.image_size": mostly(8, 16, 8, 16, 12, 7),
     "data.channels": mostly(1, 3),
     "data.horizontal_flip": mostly(True, False),
+    "model.name": mostly("unet", "dit", "vit"),
     "model.channels": mostly(4, 8, 12, 9, 33),
     "model.embedding_channels": mostly(None, 8, 5),
     "model.channel_multipliers": mostly([1], [1, 2], [2, 1], [1, 1, 1], [1, 2, 3, 4]),

@@ -168,6 +168,18 @@ def test_restart_leaves_what_others_keep_beside_tensorboards_files(workshop, tmp
     assert not old.exists()
 
 
+def test_what_a_kill_left_half_written_is_deleted(workshop, tmp_path):
+    ladder = shutil.copytree(workshop["ladder"], tmp_path / "ladder")
+    (images,) = {path.parent for path in ladder.glob("images/student-2-*/*.safetensors")}
+    halves = [ladder / ".student-2.pt.12.tmp", images / ".00000.safetensors.12.tmp"]
+    for path in (*halves, images / ".notes.tmp"):
+        path.write_text("half of a file")
+    given = ("--teacher_model_checkpoint", workshop["teacher"], "--output", ladder)
+    assert run(distill, *given) == 0
+    assert [path.exists() for path in halves] == [False, False]
+    assert (images / ".notes.tmp").exists(), "no name that atomic_write gives"
+
+
 # --- names ----------------------------------------------------------------------------------
 
 

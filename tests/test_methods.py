@@ -21,6 +21,7 @@ from diffusion.grids import uniform_grid
 from diffusion.losses import weighted_sum
 from evaluation.comparison import plan_jobs
 from evaluation.gallery import Gallery
+from models.dit import DiT
 from models.unet import UNet
 from pipeline.build import build_dataset, build_denoiser
 from pipeline.checkpoint import digest, load_checkpoint
@@ -39,10 +40,12 @@ ALONE = World(torch.device("cpu"))
 
 SMALL = {**tiny()["model"], "channels": 4}
 LABELS = {"num_classes": 10}
+DIT = {"name": "dit", "channels": 8, "depth": 1, "attention_heads": 2, "patch_size": 8}
 DISTILLATION = {"updates_per_stage": 4, "batch_size": 8, "checkpoint_every": 2}
 AVERAGE = {"ema_decay": 0.9}
 
-# Each: the section distillation of its config. Those named guided have a teacher with classes.
+# Each: the section distillation of its config. Those named guided have a teacher with classes, the
+# one named dit a transformer.
 LADDERS = {
     "progressive": {"ladder": [8, 4, 2]},
     "uneven ratios": {"ladder": [12, 4, 2, 1]},
@@ -65,6 +68,8 @@ LADDERS = {
     "pull": {"ladder": [8, 4], "pull": 0.1},
     "guided": {"ladder": [8, 8, 4], "guidance": [0.0, 4.0]},
     "smaller": {"ladder": [8, 8, 4], "student": SMALL},
+    "dit": {"ladder": [8, 4]},
+    "another network": {"ladder": [8, 8, 4], "student": DIT},
     "guided, smaller, tract": {
         "ladder": [8, 8, 2],
         "guidance": [0.0, 4.0],
@@ -83,6 +88,8 @@ def write_config(path, name="progressive", **distillation):
     """A config of this ladder, with the classes of a guided one."""
     values = tiny(sampling={"steps": 8, "grid": 2})
     values["distillation"] = {**DISTILLATION, **LADDERS[name], **distillation}
+    if name == "dit":
+        values["model"] = DIT
     if name.startswith("guided"):
         values["model"] |= LABELS
         values["training"] |= {"label_dropout": 0.1}
@@ -113,9 +120,9 @@ def _no_more_than_the_method():
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Base models: of plain ladders, and with classes of guided ones."""
+    """Base models: of plain ladders, with classes of guided ones, and a transformer."""
     folder, found = tmp_path_factory.mktemp("teachers"), {}
-    for name in ("progressive", "guided"):
+    for name in ("progressive", "guided", "dit"):
         config = write_config(folder / f"{name}.yaml", name)
         assert main(train, "--config_path", config, "--output", folder / name) == 0
         found[name] = folder / name / "diffusion-4.pt"
@@ -123,7 +130,9 @@ def teachers(tmp_path_factory):
 
 
 def teacher_of(name, teachers):
-    return teachers["guided" if name.startswith("guided") else "progressive"]
+    return next(
+        (file for key, file in teachers.items() if name.startswith(key)), teachers["progressive"]
+    )
 
 
 class Killed(BaseException):
@@ -244,13 +253,18 @@ def test_a_killed_ladder_goes_on_as_if_nothing_had_happened(
 def calls(monkeypatch):
     """The noise level and the number of images of every call of a network."""
     seen = []
-    forward = UNet.forward
 
-    def noted(network, z, logsnr, *condition, **named):
-        seen.append((logsnr[0].item(), len(z)))
-        return forward(network, z, logsnr, *condition, **named)
+    def note(network):
+        forward = network.forward
 
-    monkeypatch.setattr(UNet, "forward", noted)
+        def noted(network, z, logsnr, *condition, **named):
+            seen.append((logsnr[0].item(), len(z)))
+            return forward(network, z, logsnr, *condition, **named)
+
+        monkeypatch.setattr(network, "forward", noted)
+
+    for network in (UNet, DiT):
+        note(network)
     return seen
 
 

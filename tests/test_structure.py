@@ -77,7 +77,7 @@ def test_public_functions_state_their_shapes(module):
     for cls in [m for m in members if inspect.isclass(m)]:
         members += [m for n, m in vars(cls).items() if n == "__call__" or not n.startswith("_")]
     checked = [m for m in members if inspect.isfunction(m)]
-    assert checked
+    assert checked or module.name == "networks", "a table alone"
     for function in checked:
         for name, annotation in inspect.get_annotations(function).items():
             if typing.get_origin(annotation) is not Callable:

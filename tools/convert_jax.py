@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Reads the checkpoint, checks every name and shape, and writes it as .safetensors."""
+    from models.unet_section import UNetSection
     from pipeline.checkpoint import Checkpoint, progressive_student, publish_checkpoint
     from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
@@ -50,6 +51,8 @@ def convert(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"{arguments.checkpoint}: has no ema_params; not a checkpoint of the paper"
         )
+    if not isinstance(config.model, UNetSection):
+        raise InputError(f"{arguments.config_path}: model.name: the paper's networks are unet")
     resolutions = len(config.model.channel_multipliers)
     model = state_dict_of(weights, resolutions, arguments.checkpoint)
     if wrong := misfit(model, config):

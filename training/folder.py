@@ -158,7 +158,7 @@ def kept_to_itself(folder: Path) -> Iterator[bool]:
 
 def sweep(folder: Path) -> None:
     """Deletes the temporary files that a killed run left half written."""
-    for path in folder.glob(".*.tmp"):
+    for path in (*folder.glob(".*.tmp"), *folder.glob("images/*/.*.tmp")):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name):  # as files.atomic_write names them
             path.unlink(missing_ok=True)
 

@@ -19,10 +19,11 @@ from diffusion.grids import (
 )
 from diffusion.losses import SQUARED_ERRORS, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
+from models.networks import NetworkSection
 from pipeline.build import build_denoiser, load_denoiser
 from pipeline.checkpoint import Checkpoint, digest, save_checkpoint
 from pipeline.codec import encode
-from pipeline.config import Config, ModelConfig
+from pipeline.config import Config
 from pipeline.data import Dataset
 from pipeline.network import build_network, build_schedule, load_weights, matching_weights
 from pipeline.sampling import SampleRequest
@@ -185,7 +186,7 @@ def student_start(run: Run, stage: Stage, teacher: Checkpoint) -> Checkpoint:
     )
 
 
-def student_model(config: Config, teacher: Checkpoint) -> ModelConfig:
+def student_model(config: Config, teacher: Checkpoint) -> NetworkSection:
     """Returns the student's network: distillation.student or its teacher's.
 
     It takes the guidance weight if distillation.guidance says so, or its teacher does. Raises

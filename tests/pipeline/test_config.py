@@ -76,6 +76,8 @@ def test_a_config_without_resample_keeps_its_residual_blocks():
         ({"model": {"channels": "8"}}, "model.channels", "valid integer"),
         ({"model": {"channels": 0}}, "model.channels", "greater than or equal to 4"),
         ({"model": {"dropout": 1.0}}, "model.dropout", "less than 1"),
+        ({"training": {"weight_decay": 1e300}}, "training.weight_decay", "less than or equal"),
+        ({"training": {"learning_rate": 1e30}}, "training.learning_rate", "less than or equal"),
         ({"model": {"dropout": float("nan")}}, "model.dropout", "finite"),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate", "finite"),
         ({"training": {"learning_rate": 0.0}}, "training.learning_rate", "greater than 0"),
