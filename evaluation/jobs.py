@@ -134,5 +134,6 @@ def _teaches(other: Job, job: Job) -> bool:
 def _is_base_of(other: Job, job: Job) -> bool:
     """Returns whether the other job is a base model of the same network and data, with DDIM."""
     a, b = other.checkpoint.config, job.checkpoint.config
-    same = (a.model, a.diffusion, a.data.name) == (b.model, b.diffusion, b.data.name)
+    levels = [c.diffusion.model_copy(update={"prediction": "v"}) for c in (a, b)]
+    same = (a.model, levels[0], a.data.name) == (b.model, levels[1], b.data.name)
     return same and other.checkpoint.num_steps is None and other.sampler == "ddim"

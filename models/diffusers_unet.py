@@ -3,6 +3,8 @@
 Needs the package diffusers, which is imported only when such a network is built.
 """
 
+import json
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +18,7 @@ from utils.values import Count, Fraction, Section
 
 GIVEN = ("sample_size", "in_channels", "out_channels", "dropout")  # by other keys of the config
 TIME_INPUTS = ("positional", "learned")
-MOST_LAYERS = 64
+MOST = 64  # blocks, and layers in a block
 
 
 class DiffusersUNetSection(Section):
@@ -56,27 +58,12 @@ class DiffusersUNetSection(Section):
                 "take the same, or one less if the last row means no class"
             )
         layers = config.get("layers_per_block", 2)
-        if not (type(layers) is int and 1 <= layers <= MOST_LAYERS):
-            return f"{where}.config: layers_per_block: not a whole number from 1 to {MOST_LAYERS}"
-        return self._failure(image_size, where)
-
-    def _failure(self, image_size: int, where: str) -> str | None:
-        """Returns how building it, and calling it once, fails; without memory or arithmetic."""
-        sizes = self.model_dump(exclude={"name"})
-        try:
-            with torch.device("meta"):
-                network = DiffusersUNet(
-                    image_size=image_size, image_channels=1, output_channels=1, **sizes
-                )
-                label = None if self.num_classes is None else torch.zeros(1, dtype=torch.long)
-                z = torch.zeros(1, 1, image_size, image_size)
-                network.unet(z, torch.zeros(1, dtype=torch.long), class_labels=label)
-        except InputError as error:
-            return f"{where}.name: {error}"
-        except Exception as error:  # it raises anything for what does not fit together
-            said = " ".join(str(error).split())[:200]
-            return f"{where}.config: no UNet2DModel for images of {image_size} pixels: {said}"
-        return None
+        if not (type(layers) is int and 1 <= layers <= MOST):
+            return f"{where}.config: layers_per_block: not a whole number from 1 to {MOST}"
+        if long := [k for k, v in config.items() if isinstance(v, list) and len(v) > MOST]:
+            return f"{where}.config: {long[0]}: more than {MOST} values"
+        wrong = _failure(self.model_dump_json(exclude={"name"}), image_size)
+        return f"{where}.{wrong}" if wrong else None
 
 
 class DiffusersUNet(nn.Module):
@@ -151,3 +138,26 @@ class DiffusersUNet(nn.Module):
                 "image one, without guidance"
             )
         return label.where(label >= 0, torch.full_like(label, self.num_classes or 0))
+
+
+@lru_cache(maxsize=16)  # a config is checked more than once in a run
+def _failure(section: str, image_size: int) -> str | None:
+    """Returns how building the network, and calling it, fails; without memory or arithmetic.
+
+    section: its values but the name, as JSON.
+    """
+    values = json.loads(section)
+    try:
+        with torch.device("meta"):
+            network = DiffusersUNet(
+                image_size=image_size, image_channels=1, output_channels=1, **values
+            )
+            z = torch.zeros(1, 1, image_size, image_size)
+            first = torch.zeros(1, dtype=torch.long)
+            network.unet(z, first, None if values["num_classes"] is None else first)
+    except InputError as error:
+        return f"name: {error}"
+    except Exception as error:  # it raises anything for what does not fit together
+        said = " ".join(str(error).split())[:200]
+        return f"config: no UNet2DModel for images of {image_size} pixels: {said}"
+    return None

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,17 +12,24 @@ from safetensors.torch import load_file, save_file
 import distill
 import sample
 from diffusion.betas import BETAS
+from diffusion.gaussian import velocity
 from diffusion.samplers import ddim
-from pipeline.build import build_network, load_denoiser
+from pipeline.build import build_dataset, build_network, load_denoiser
 from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint
 from tests.test_scripts import refused, run
 from tools import import_diffusers
+from training.ladder import distillation_config
+from training.stage import student_stages
+from training.stages import Run, make_objective, student_start
+from training.trainee import make_trainee
+from utils.processes import World
 
 diffusers = pytest.importorskip("diffusers")
 
 CPU = torch.device("cpu")
+ALONE = World(CPU)
 SIZES = {
-    "sample_size": 32,
+    "sample_size": 8,
     "in_channels": 1,
     "out_channels": 1,
     "block_out_channels": (8, 16),
@@ -97,18 +105,18 @@ def test_ddim_gives_diffusers_own_images(schedule, prediction, tmp_path):
     checkpoint = load_checkpoint(path)
     assert checkpoint.config.diffusion.prediction == PREDICTIONS[prediction]
     assert (checkpoint.kind, checkpoint.num_steps, len(checkpoint.grid)) == ("base", None, 1001)
-    z = torch.randn(2, 1, 32, 32)
+    z = torch.randn(2, 1, 8, 8)
     wanted = theirs(network, z, 20, **scheduler_values(schedule, prediction))
     same, shifted = (difference(ours(path, z, 20, shift), wanted) for shift in (0, 1))
     print(f"{schedule}, {prediction}: {same:.1e}; with the table shifted by one {shifted:.1e}")
     assert same < 1e-5
-    assert shifted > 3e-5, "a time input that is off by one shows"
+    assert shifted > 1e-3, "a time input that is off by one shows"
 
 
 def test_no_signal_at_the_first_level_gives_diffusers_own_images(tmp_path):
     values = {**scheduler_values("linear"), "rescale_betas_zero_snr": True}
     network = save_pipeline(tmp_path / "p", diffusers.DDIMScheduler(**values))
-    path, z = imported(tmp_path / "p", *MNIST), torch.randn(2, 1, 32, 32)
+    path, z = imported(tmp_path / "p", *MNIST), torch.randn(2, 1, 8, 8)
     same = difference(ours(path, z, 20), theirs(network, z, 20, **values))
     print(f"no terminal signal: {same:.1e}")
     assert same < 1e-5
@@ -134,7 +142,7 @@ def test_the_settings_of_the_pipeline_are_kept(tmp_path, capsys):
     pipeline(tmp_path / "p", "squaredcos_cap_v2", "epsilon", num_steps=20, **sizes)
     checkpoint = load_checkpoint(imported(tmp_path / "p", *MNIST, "seed=3"))
     config = checkpoint.config
-    assert (config.data.name, config.data.image_size, config.data.channels) == ("mnist", 32, 1)
+    assert (config.data.name, config.data.image_size, config.data.channels) == ("mnist", 8, 1)
     assert (config.model.num_classes, config.model.dropout, config.seed) == (10, 0.3, 3)
     assert config.diffusion.schedule == "table"
     assert config.distillation.ladder == (20, 20, 10, 5, 1)
@@ -241,12 +249,40 @@ def test_an_eps_teacher_is_matched_by_v_students(tmp_path, capsys):
         assert student.config.diffusion.prediction == "v"
     denoiser = load_denoiser(students[10], path, CPU)
     assert denoiser.output_type == "v"
-    z, logsnr = torch.randn(2, 1, 32, 32), torch.full((2,), base.grid[0])
+    z, logsnr = torch.randn(2, 1, 8, 8), torch.full((2,), base.grid[0])
     assert denoiser(z, logsnr).x.abs().max() < 20, "an eps student's would be divided by alpha"
-    ladder(path, tmp_path / "eps", [20, 10], "distillation.prediction=null")
+    distillation_config(base, path, None, [])
+    assert "predicts eps" not in capsys.readouterr().err
+    distillation_config(base, path, None, ["distillation.prediction=null"])
     said = capsys.readouterr().err
     assert "predicts eps, and at its first level the error of x_hat is" in said
     assert "distillation.prediction=v distillation.ladder=[20,20,..]" in said
+
+
+def test_a_v_student_that_agrees_with_its_eps_teacher_has_no_loss(tmp_path):
+    pipeline(tmp_path / "p", "linear", "epsilon", num_steps=20)
+    path = imported(tmp_path / "p", *MNIST)
+    base = load_checkpoint(path)
+    config = distillation_config(base, path, None, ["distillation.ladder=[20,20,10]"])
+    run_of = Run(config, "p", tmp_path, ALONE, build_dataset(config, CPU))
+    stage, teacher = student_stages(config)[0], load_denoiser(base, path, CPU)
+    start = student_start(run_of, stage, base)
+    trainee = make_trainee(build_network(start.config, CPU, dropout=0.0), stage, ALONE)
+
+    def agrees(z, logsnr):
+        return velocity(teacher(z, logsnr), logsnr)
+
+    x = torch.rand(8, 1, 8, 8) * 2 - 1
+    losses = {}
+    for name, network in (("v", agrees), ("eps", teacher.network)):
+        objective = make_objective(run_of, stage, replace(trainee, called=network), start, base)
+        drawn = objective.draw(torch.Generator().manual_seed(0), x.shape)
+        losses[name] = objective.loss(x, {}, drawn)[0].max().item()
+    print(
+        f"loss of a student that says the teacher's v: {losses['v']:.1e}, eps: {losses['eps']:.1e}"
+    )
+    assert losses["v"] < 1e-6
+    assert losses["eps"] > 0.01
 
 
 STUDENT = (
@@ -255,7 +291,7 @@ STUDENT = (
 
 
 @pytest.mark.parametrize(
-    "change", ["prediction=both", f"student={STUDENT}, patch_size: 4}}"], ids=["both", "unet"]
+    "change", ["prediction=both", f"student={STUDENT}, patch_size: 1}}"], ids=["both", "unet"]
 )
 def test_students_of_another_output_or_network(change, tmp_path):
     pipeline(tmp_path / "p", num_steps=20)
@@ -293,7 +329,7 @@ def test_classes(tmp_path, capsys):
     assert "has 10 classes" in refused(capsys, distill, *more)
     assert "none for no class" in refused(capsys, sample, "--checkpoint", other, *labels)
     network = build_network(load_checkpoint(path).config, CPU, dropout=0.0).eval()
-    z, logsnr = torch.randn(3, 1, 32, 32), torch.zeros(3)
+    z, logsnr = torch.randn(3, 1, 8, 8), torch.zeros(3)
     free = network(z, logsnr, torch.tensor([3, -1, -1]))
     assert torch.equal(free[1:], network(z[1:], logsnr[1:]))
     rows = network.unet.class_embedding.weight
@@ -309,7 +345,7 @@ def test_the_time_input_is_the_number_of_the_nearest_level(tmp_path):
     checkpoint = load_checkpoint(imported(tmp_path / "p", *MNIST))
     network = build_network(checkpoint.config, CPU, dropout=0.0).eval()
     network.load_state_dict(checkpoint.model)
-    z, table = torch.randn(1, 1, 32, 32), checkpoint.model["table"]
+    z, table = torch.randn(1, 1, 8, 8), checkpoint.model["table"]
     for i in range(20):
         wanted = network.unet(z, i).sample
         for logsnr in (table[i], table[i] + 1e-4, table[i] - 1e-4):
@@ -388,16 +424,16 @@ BAD = {
         scheduler(trained_betas=[0.1] * 19 + [1.0], prediction_type="epsilon"),
         "epsilon says nothing",
     ),
-    "not square": (unet(sample_size=[32, 16]), "sample_size: [32, 16]; images are square"),
+    "not square": (unet(sample_size=[8, 16]), "sample_size: [8, 16]; images are square"),
     "no size": (unet(sample_size=None), "sample_size: missing"),
     "latents alone": (unet(in_channels=4, out_channels=4), "in_channels: "),
-    "an unknown argument": (unet(wings=2), "model.config: no UNet2DModel for images of 32 pixels"),
+    "an unknown argument": (unet(wings=2), "model.config: no UNet2DModel for images of 8 pixels"),
     "an unknown block": (unet(down_block_types=["Down", "Down"]), "model.config: no UNet2DModel"),
     "blocks that do not fit": (unet(block_out_channels=[8]), "model.config: no UNet2DModel"),
     "other widths": (unet(block_out_channels=[8, 32]), "of another shape"),
     "huge": (unet(block_out_channels=[2**40, 2**41]), "model.config: no UNet2DModel"),
     "endless": (unet(layers_per_block=10**9), "layers_per_block: not a whole number"),
-    "odd": (unet(sample_size=33), "no UNet2DModel for images of 33 pixels"),
+    "odd": (unet(sample_size=9), "no UNet2DModel for images of 9 pixels"),
     "noise as time": (unet(time_embedding_type="fourier"), "time_embedding_type 'fourier'"),
     "classes as times": (unet(class_embed_type="timestep"), "class_embed_type: only null"),
 }
