@@ -154,9 +154,11 @@ def read_network(path: Path) -> NetworkFile:
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error)}") from None
     if not isinstance(file.sample_size, int):
-        raise InputError(
-            f"{path}: sample_size: {list(file.sample_size)}; images are square: one number"
-        )
+        if len(set(file.sample_size)) != 1:
+            raise InputError(
+                f"{path}: sample_size: {list(file.sample_size)}; square ones are taken"
+            )
+        file = file.model_copy(update={"sample_size": file.sample_size[0]})
     if file.out_channels != file.in_channels:
         learned = ", as for a learned variance" * (file.out_channels == 2 * file.in_channels)
         raise InputError(
@@ -167,9 +169,12 @@ def read_network(path: Path) -> NetworkFile:
 
 
 def network_arguments(file: NetworkFile) -> dict[str, Any]:
-    """Returns the arguments of UNet2DModel that are neither the images' nor dropout."""
+    """Returns the arguments of UNet2DModel that are neither the images' nor dropout.
+
+    null is an argument too: attention_head_dim: null is one head, a missing one is heads of 8.
+    """
     own = {**(file.model_extra or {}), "num_class_embeds": file.num_class_embeds}
-    return {k: v for k, v in own.items() if not k.startswith("_") and v is not None}
+    return {key: value for key, value in own.items() if not key.startswith("_")}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -122,6 +122,27 @@ def test_no_signal_at_the_first_level_gives_diffusers_own_images(tmp_path):
     assert same < 1e-5
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"attention_head_dim": None},
+        {"sample_size": (8, 8)},
+        {"in_channels": 3, "out_channels": 3, "time_embedding_type": "learned"},
+        {"center_input_sample": True, "resnet_time_scale_shift": "scale_shift", "freq_shift": 1},
+        {"downsample_type": "resnet", "upsample_type": "resnet", "flip_sin_to_cos": False},
+    ],
+    ids=lambda sizes: ", ".join(sizes),
+)
+def test_other_networks_give_their_images_too(sizes, tmp_path):
+    values = scheduler_values("linear", num_steps=40)
+    more = {"num_train_timesteps": 40} if "time_embedding_type" in sizes else {}
+    network = pipeline(tmp_path / "p", num_steps=40, **sizes, **more)
+    path, z = imported(tmp_path / "p", *MNIST), torch.randn(2, network.config.in_channels, 8, 8)
+    same = difference(ours(path, z, 20), theirs(network, z, 20, **values))
+    print(f"{', '.join(sizes)}: {same:.1e}")
+    assert same < 1e-5
+
+
 @pytest.mark.parametrize("num_steps", [1, 7, 20, 125, 1000])
 def test_levels_are_those_of_diffusers_trailing_timesteps(num_steps, tmp_path):
     pipeline(tmp_path / "p")
@@ -424,7 +445,7 @@ BAD = {
         scheduler(trained_betas=[0.1] * 19 + [1.0], prediction_type="epsilon"),
         "epsilon says nothing",
     ),
-    "not square": (unet(sample_size=[8, 16]), "sample_size: [8, 16]; images are square"),
+    "not square": (unet(sample_size=[8, 16]), "sample_size: [8, 16]; square ones are taken"),
     "no size": (unet(sample_size=None), "sample_size: missing"),
     "latents alone": (unet(in_channels=4, out_channels=4), "in_channels: "),
     "an unknown argument": (unet(wings=2), "model.config: no UNet2DModel for images of 8 pixels"),
