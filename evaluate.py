@@ -19,6 +19,7 @@ DESCRIPTION = """\
 Draw images from checkpoints, all from the same noise, and compare them with real ones. Writes
 results.md, .json, .csv and distances.png into the output folder and keeps its earlier rows; run the
 same command again to go on after a stop."""
+GUIDANCE = "weights of classifier-free guidance, for models with classes (0)"
 COUNT = "images of each (5000)"
 CALLS = "draw fewer images if steps x images is more"
 WRITTEN = ("results.md", "results.json", "results.csv", "distances.png")
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--images", type=file, nargs="+", default=[], metavar="X", help="folders or .npz files")
     add("--steps", type=size, nargs="+", metavar="N", help="for base models; a student has its own")
     add("--sampler", nargs="+", default=["ddim"], metavar="NAME", help="for base models (ddim)")
+    add("--guidance", type=float, nargs="+", default=[0.0], metavar="W", help=GUIDANCE)
     add("--count", type=whole_number(1, 10**7), default=5000, metavar="N", help=COUNT)
     add("--max_calls", type=whole_number(1, 2**63), metavar="M", help=CALLS)
     add(
@@ -82,7 +84,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         require_no_download(data, next(iter(checkpoints)), "--data_root DIR")
     require_same_data(checkpoints, data)
     jobs = plan_jobs(
-        checkpoints, arguments.sampler, arguments.steps, arguments.count, arguments.max_calls
+        checkpoints,
+        arguments.sampler,
+        arguments.steps,
+        arguments.count,
+        arguments.max_calls,
+        arguments.guidance,
     )
     require_different_names(checkpoints, arguments.images)
     files = {

@@ -120,7 +120,8 @@ class Comparison:
             base_steps=None if partners.base is None else partners.base.steps,
             run=job.checkpoint.name,
             update=job.checkpoint.update,
-            source=gallery.key(job.checkpoint, job.sampler, job.steps),
+            guidance=job.guidance,
+            source=_key_of(job, gallery),
         )
 
     def draw_nearest(self, path: Path, images: Images) -> None:
@@ -134,7 +135,12 @@ class Comparison:
 
 
 def _images_of(job: Job, gallery: Gallery) -> Images:
-    return gallery.images(job.checkpoint, job.path, job.sampler, job.steps, job.count)
+    way = (job.sampler, job.steps, job.count, job.guidance)
+    return gallery.images(job.checkpoint, job.path, *way)
+
+
+def _key_of(job: Job, gallery: Gallery) -> str:
+    return gallery.key(job.checkpoint, job.sampler, job.steps, job.guidance)
 
 
 def squared_distance(a: UInt8[Tensor, "n c h w"], b: UInt8[Tensor, "m c h w"]) -> float:
@@ -164,6 +170,7 @@ def say_of(row: Row) -> str:
     """Returns a row in words."""
     q = row.quality
     steps = "" if row.steps is None else f", {row.sampler}, {row.steps} steps"
+    steps += f", guidance {row.guidance:g}" if row.guidance else ""
     sure = "" if q.confident is None else f", {q.confident:.1%} more than {CONFIDENT:.0%} sure"
     return (
         f"{row.name}{steps}: Frechet distance {q.frechet:.3f} ± {q.frechet_interval:.3f} "
@@ -182,7 +189,7 @@ def draw_all(jobs: Sequence[Job], gallery: Gallery) -> None:
         _images_of(job, gallery)
         done += job.calls
         say(
-            f"{job.path.stem}, {job.sampler}, {job.steps} steps: {job.count} images, "
+            f"{job.title}: {job.count} images, "
             f"{time.perf_counter() - begun:.0f} s; {done / total:.0%} of all network calls done"
         )
 
@@ -232,19 +239,20 @@ def measure_all(
         write_results(output, results)
 
     for count in sorted({job.count for job in jobs} | {len(images) for images in files.values()}):
-        if count <= len(real.floor) and (Key("", FLOOR, "", 0, count), "") not in known:
+        if count <= len(real.floor) and (Key("", FLOOR, "", 0, 0.0, count), "") not in known:
             add(comparison.floor(count))
     for name, images in files.items():
         add(comparison.row_of_files(name, images))
         comparison.draw_nearest(output / f"nearest-{name}.png", images)
     for job in jobs:
-        row = known.get((job.key, gallery.key(job.checkpoint, job.sampler, job.steps)))
+        row = known.get((job.key, _key_of(job, gallery)))
         partners = Partners.of(job, jobs)
         if row is not None and partners.add_to(row):
             add(with_relations_of(row, comparison.drawn(job, partners, gallery)))
         elif row is None:
             add(comparison.drawn(job, partners, gallery))
         named = f"{job.key.run}-{job.key.name}-{job.sampler.replace(':', '-')}-{job.steps}"
+        named += f"-guidance-{job.guidance:g}" if job.guidance else ""
         picture = output / f"nearest-{named}.png"
         if row is None or not picture.exists():
             comparison.draw_nearest(picture, _images_of(job, gallery))

@@ -54,7 +54,7 @@ class Gallery:
         self.folder, self.world, self.seed = folder, world, seed
         self.batch_size, self.chunk, self.raw = batch_size, chunk, raw
 
-    def key(self, checkpoint: Checkpoint, sampler: str, steps: int) -> str:
+    def key(self, checkpoint: Checkpoint, sampler: str, steps: int, guidance: float = 0.0) -> str:
         """Returns a digest of everything that the images depend on.
 
         New settings are included only if they differ from their former fixed values, so that
@@ -64,6 +64,8 @@ class Gallery:
         model, diffusion = (s.model_dump(mode="json") for s in (config.model, config.diffusion))
         if not model["guidance"]:
             del model["guidance"]
+        if model["name"] == "unet":
+            del model["name"]
         precision = sampling_engine(config.engine, self.world.device).precision
         made_by = [[model, diffusion], config.sampling.clip, precision]
         table = diffusion["schedule"] == TABLE
@@ -71,13 +73,21 @@ class Gallery:
             made_by.append(levels)
         if self.raw:
             made_by.append("raw")
+        if guidance:
+            made_by.append({"guidance": guidance})
         return digest([checkpoint.weights, made_by, sampler, steps, self.seed])
 
     def images(
-        self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, count: int
+        self,
+        checkpoint: Checkpoint,
+        where: Path,
+        sampler: str,
+        steps: int,
+        count: int,
+        guidance: float = 0.0,
     ) -> Num[Tensor, "n c h w"]:
         """Returns the first `count` images. where: the checkpoint's file, for errors."""
-        key = self.key(checkpoint, sampler, steps)
+        key = self.key(checkpoint, sampler, steps, guidance)
         folder = self.folder / f"{where.stem}-{sampler.replace(':', '-')}-{steps}-{key[:12]}"
         parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / self.chunk))]
         shape = (self.chunk, *image_shape(checkpoint.config))
@@ -86,12 +96,19 @@ class Gallery:
         self.world.wait()  # before anybody writes
         missing = [n for n, images in known.items() if images is None]
         if missing:
-            self._draw(checkpoint, where, sampler, steps, {n: parts[n] for n in missing})
+            files = {n: parts[n] for n in missing}
+            self._draw(checkpoint, where, sampler, steps, guidance, files)
         known |= {n: load_file(parts[n])["images"] for n in missing}
         return torch.cat([known[n] for n in range(len(parts))])[:count]  # type: ignore[misc]
 
     def _draw(
-        self, checkpoint: Checkpoint, where: Path, sampler: str, steps: int, files: dict[int, Path]
+        self,
+        checkpoint: Checkpoint,
+        where: Path,
+        sampler: str,
+        steps: int,
+        guidance: float,
+        files: dict[int, Path],
     ) -> None:
         request = SampleRequest.of(
             checkpoint,
@@ -101,6 +118,7 @@ class Gallery:
             sampler=sampler,
             clip=False if self.raw else None,
             seed=self.seed,
+            guidance=guidance,
             batch_size=self.batch_size,
         )
         parts = [range(n * self.chunk, (n + 1) * self.chunk) for n in files]

@@ -2,37 +2,46 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.quality import NOISE_SETS
 from evaluation.results import Key, Row
 from pipeline.checkpoint import Checkpoint, digest
-from pipeline.sampling import require_sampler
+from pipeline.sampling import require_guidable, require_sampler
 from pipeline.sections import DataConfig
 from utils.command import InputError
 
 
 @dataclass(frozen=True)
 class Job:
-    """Images to draw and to measure. path: the checkpoint's file."""
+    """Images to draw and to measure. path: the checkpoint's file; guidance: the weight."""
 
     checkpoint: Checkpoint
     path: Path
     sampler: str
     steps: int
     count: int
+    guidance: float = 0.0
 
     @property
     def key(self) -> Key:
         """The key of the job's row in the results."""
-        return Key(self.checkpoint.name, self.path.stem, self.sampler, self.steps, self.count)
+        name, way = self.checkpoint.name, (self.sampler, self.steps, self.guidance)
+        return Key(name, self.path.stem, *way, self.count)
+
+    @property
+    def title(self) -> str:
+        """The job in words."""
+        guided = f", guidance {self.guidance:g}" if self.guidance else ""
+        return f"{self.path.stem}, {self.sampler}, {self.steps} steps{guided}"
 
     @property
     def calls(self) -> int:
         """The number of network calls, each for one image."""
-        return self.steps * self.count
+        twice = self.guidance and not self.checkpoint.config.model.guidance
+        return self.steps * self.count * (2 if twice else 1)
 
 
 def plan_jobs(
@@ -41,14 +50,18 @@ def plan_jobs(
     steps: Sequence[int] | None,
     count: int,
     max_calls: int | None,
+    guidance: Sequence[float] = (0.0,),
 ) -> list[Job]:
     """Returns a job for each base model, sampler and step count, and one for each student.
 
-    A student is sampled with its own sampler and steps. count: the number of images; fewer if steps
-    x images exceeds max_calls. Raises InputError if that leaves too few to measure.
+    A student is sampled with its own sampler and steps; all with each of the guidance weights.
+    count: the number of images; fewer if steps x images exceeds max_calls. Raises InputError if
+    that leaves too few to measure, and for a checkpoint that cannot be guided.
     """
     for sampler in samplers:
         require_sampler(sampler)
+    for weight, checkpoint in product(guidance, checkpoints.values()):
+        require_guidable(weight, checkpoint)
     jobs = []
     for path, checkpoint in checkpoints.items():
         wanted = steps or [checkpoint.config.sampling.steps]
@@ -62,7 +75,7 @@ def plan_jobs(
                     f"--count, --max_calls: leave {size} images at {n} steps; "
                     f"measuring needs at least {2 * NOISE_SETS}"
                 )
-            jobs.append(Job(checkpoint, path, sampler, n, size))
+            jobs += [Job(checkpoint, path, sampler, n, size, weight) for weight in guidance]
     return jobs
 
 
@@ -124,6 +137,8 @@ def _teaches(other: Job, job: Job) -> bool:
     student = job.checkpoint
     if student.kind != "student" or other.sampler != (other.checkpoint.sampler or "ddim"):
         return False
+    if other.guidance != job.guidance:
+        return False
     ladder = student.config.distillation.steps()
     steps = [teacher for teacher, own in pairwise(ladder) if own == job.steps]
     return other.steps in steps and (
@@ -132,8 +147,14 @@ def _teaches(other: Job, job: Job) -> bool:
 
 
 def _is_base_of(other: Job, job: Job) -> bool:
-    """Returns whether the other job is a base model of the same network and data, with DDIM."""
+    """Returns whether the other job is a base model of the same network and data, with DDIM.
+
+    A student may take the guidance weight as an input where its base model is guided, and predict
+    something else.
+    """
     a, b = other.checkpoint.config, job.checkpoint.config
+    model = b.model.model_copy(update={"guidance": False})
     levels = [c.diffusion.model_copy(update={"prediction": "v"}) for c in (a, b)]
-    same = (a.model, levels[0], a.data.name) == (b.model, levels[1], b.data.name)
+    same = (a.model, levels[0], a.data.name) == (model, levels[1], b.data.name)
+    same = same and other.guidance == job.guidance
     return same and other.checkpoint.num_steps is None and other.sampler == "ddim"

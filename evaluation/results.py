@@ -28,6 +28,7 @@ class Key(NamedTuple):
     name: str
     sampler: str
     steps: int
+    guidance: float
     images: int
 
 
@@ -43,8 +44,8 @@ class Row:
     nearer to a training image than all but 1% of real images, in pixels and in features; slightly
     more than 1% is no proof, because the real images are test images and the classifier has seen
     most training images. run: the checkpoint's name, which students and their base model share
-    unless they were distilled with a YAML of another name; update: how far it was trained. source:
-    a digest of what the images depend on.
+    unless they were distilled with a YAML of another name; update: how far it was trained.
+    guidance: the weight of classifier-free guidance. source: a digest of what the images depend on.
     """
 
     name: str
@@ -62,19 +63,22 @@ class Row:
     base_steps: int | None = None
     run: str = ""
     update: int = 0
+    guidance: float = 0.0
     source: str = ""
 
     @property
     def key(self) -> "Key":
         """Identifies the row among all rows."""
-        return Key(self.run, self.name, self.sampler, self.steps or 0, self.quality.count)
+        count = self.quality.count
+        return Key(self.run, self.name, self.sampler, self.steps or 0, self.guidance, count)
 
     @property
     def curve(self) -> str:
         """The name of the curve that it is a point of."""
+        guided = f", guidance {self.guidance:g}" if self.guidance else ""
         return {
-            "student": f"{self.run}{DISTILLED}",
-            "base": f"{self.run}: {self.name}, {self.sampler}",
+            "student": f"{self.run}{guided}{DISTILLED}",
+            "base": f"{self.run}: {self.name}, {self.sampler}{guided}",
         }.get(self.kind, self.name)
 
 
@@ -97,7 +101,10 @@ class Results:
         order = {"floor": 0, "images": 1, "base": 2, "student": 3}
         ordered = sorted(
             merged.values(),
-            key=lambda r: (order[r.kind], r.sampler, -(r.steps or 0), r.name, -r.quality.count),
+            key=lambda r: (
+                *(order[r.kind], r.sampler, -(r.steps or 0), r.name, r.guidance),
+                -r.quality.count,
+            ),
         )
         return Results(self.features, self.reference, ordered)
 
@@ -131,6 +138,7 @@ COLUMNS = {
     "checkpoint": lambda r: _cell(r.name),
     "sampler": lambda r: _cell(r.sampler),
     "steps": lambda r: "" if r.steps is None else str(r.steps),
+    "guidance": lambda r: f"{r.guidance:g}" if r.guidance else "",
     "n": lambda r: f"{r.quality.count:,}",
     "Frechet distance": lambda r: f"{r.quality.frechet:.3f} ± {r.quality.frechet_interval:.3f}",
     "kernel distance": lambda r: f"{r.quality.kernel:.4f}",
@@ -181,7 +189,7 @@ def finest_base(results: Results, run: str | None = None) -> Row | None:
 
     That is the longest trained, then the one with the most DDIM steps, then the most samples.
     """
-    bases = [r for r in results.rows if r.kind == "base" and r.sampler == "ddim"]
+    bases = [r for r in results.rows if (r.kind, r.sampler, r.guidance) == ("base", "ddim", 0.0)]
     ours = [r for r in bases if run in (None, r.run)]
     return max(ours, key=lambda r: (r.update, r.steps or 0, r.quality.count), default=None)
 

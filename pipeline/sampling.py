@@ -74,8 +74,7 @@ class SampleRequest:
                 "blurred or noisy"
             )
         classes = _parse_labels(labels, checkpoint.config.model.num_classes)
-        if guidance:
-            _require_guidable(guidance, checkpoint)
+        require_guidable(guidance, checkpoint)
         return cls(
             config=checkpoint.config,
             denoiser=denoiser,
@@ -173,8 +172,11 @@ def require_sampler(name: str) -> None:
         raise InputError(f"--sampler: {error}") from None
 
 
-def _require_guidable(weight: float, checkpoint: Checkpoint) -> None:
+def require_guidable(weight: float, checkpoint: Checkpoint) -> None:
+    """Raises InputError if the checkpoint cannot be guided; warns of weights it has not learnt."""
     config = checkpoint.config
+    if not weight and not config.model.guidance:
+        return
     if not 0.0 <= weight <= 1000.0:  # not NaN either
         raise InputError(f"--guidance {weight}: take a number from 0 to 1000")
     if config.model.num_classes is None:
@@ -183,7 +185,7 @@ def _require_guidable(weight: float, checkpoint: Checkpoint) -> None:
         )
     trained = config.distillation.guidance if config.model.guidance else None
     if trained is not None and not trained[0] <= weight <= trained[1]:
-        warn(f"--guidance {weight}: this student was distilled for {trained[0]} to {trained[1]}")
+        warn(f"--guidance {weight:g}: this student was distilled for {trained[0]} to {trained[1]}")
     elif checkpoint.num_steps and not config.model.guidance:
         raise InputError(
             f"--guidance {weight}: this student does not take a guidance weight, and never saw "

@@ -14,6 +14,7 @@ import yaml
 from safetensors import safe_open
 
 import distill
+import evaluate
 import sample
 import train
 from diffusion.distillation import METHODS, distillation_loss
@@ -295,6 +296,31 @@ def test_a_guided_student_learns_to_use_the_weight(ladders):
     student = load_checkpoint(folder / "student-4.pt")
     assert student.config.model.guidance
     assert student.weights["guidance_embedding.weight"].any()
+
+
+def test_samples_are_measured_at_each_guidance_weight(ladders, teachers, tmp_path, calls):
+    """A guided base model takes two network calls for an image and a step, a guided student one."""
+    folder, _ = ladders("guided")
+    files = [teachers["guided"], folder / "student-8.pt", folder / "student-4.pt"]
+    command = ("--checkpoint", *files, "--steps", 8, "--count", 20, "--batch_size", 20)
+    command += ("--guidance", 0, 2, "--output", tmp_path)
+    calls.clear()
+    assert main(evaluate, *command) == 0
+    asked = sum(images for _, images in calls)
+    drawn = 125 if asked % 125 == 0 else 20
+    assert asked == drawn * (8 + 16 + 2 * 8 + 2 * 4)
+    results = json.loads((tmp_path / "results.json").read_text())["rows"]
+    rows = {(row["name"], row["guidance"]): row for row in results if row["kind"] != "floor"}
+    assert rows.keys() == {(file.stem, weight) for file in files for weight in (0.0, 2.0)}
+    assert len({row["source"] for row in rows.values()}) == 6
+    for (name, weight), row in rows.items():
+        assert 0 <= row["asked_class"] <= 1
+        assert (row["to_teacher"] is None) == (name == "diffusion-4")
+        assert (row["to_base"] is None) == (name == "diffusion-4"), weight
+    assert "guidance" in (tmp_path / "results.md").read_text()
+    calls.clear()
+    assert main(evaluate, *command) == 0
+    assert not calls, "nothing is drawn again"
 
 
 def test_a_smaller_student_is_smaller_and_its_student_as_small(ladders, teachers):
