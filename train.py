@@ -34,6 +34,7 @@ def train(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
     from pipeline.latents import with_codec, with_folder_measured
+    from pipeline.network import build_schedule
     from training.folder import open_folder
     from training.loop import rows_of_process
     from training.stage import base_stage
@@ -47,6 +48,7 @@ def train(arguments: argparse.Namespace) -> None:
         return
     name, file = arguments.config_path.stem, arguments.initialise
     require_name(name, arguments.config_path)
+    build_schedule(config)  # raises InputError if there is none
     output = arguments.output or Path(config.output or f"output/{name}")
     initial = None if file is None else (file, load_checkpoint(file))
     if file is not None and file.parent.resolve() == output.resolve():

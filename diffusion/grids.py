@@ -18,8 +18,32 @@ Grid = Float[Tensor, "_"]
 
 def uniform_grid(schedule: Schedule, num_steps: int) -> Grid:
     """The levels at t = 1, 1 - 1/N, .., 1/N, and +inf in the place of t = 0. On the CPU."""
-    t = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
-    return torch.cat([schedule(t), torch.tensor([torch.inf], dtype=torch.float64)])
+    return grid_at(schedule, uniform_times(num_steps))
+
+
+def grid_at(schedule: Schedule, times: Float[Tensor, "_"]) -> Grid:
+    """The levels of the schedule at times that fall from 1 to 0, and +inf in the place of 0."""
+    return torch.cat([schedule(times[:-1]), torch.tensor([torch.inf], dtype=torch.float64)])
+
+
+def uniform_times(num_steps: int) -> Float[Tensor, "_"]:
+    """The times of a uniform grid: 1, 1 - 1/N, .., 1/N, 0."""
+    return torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
+
+
+def coarser_grid(grid: Grid, times: Float[Tensor, "_"]) -> Grid:
+    """The levels of a grid of T steps at these times, which fall from 1 to 0.
+
+    The level at t is that of index T - round(t T), so that the first and the last are kept, and no
+    schedule is needed: of a uniform grid and times n/N it takes every (T/N)-th level. For the table
+    of a foreign scheduler this is its trailing spacing, table[round(t T) - 1] (Lin et al. 2024,
+    table 2). Raises ValueError if two times fall on one level.
+    """
+    num_steps = len(grid) - 1
+    at = num_steps - (times * num_steps).round().long()
+    if not (at[1:] > at[:-1]).all():
+        raise ValueError(f"{len(times) - 1} steps on a grid of {num_steps} levels; take fewer")
+    return grid[at]
 
 
 def require_grid(levels: Grid) -> None:

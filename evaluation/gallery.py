@@ -23,6 +23,7 @@ from pipeline.engine import sampling_engine
 from pipeline.image_folder import ImageFolder
 from pipeline.network import build_schedule
 from pipeline.sampling import SampleRequest
+from pipeline.values import TABLE
 from utils.command import InputError
 from utils.files import atomic_write, require_regular_file
 from utils.processes import World
@@ -68,7 +69,8 @@ class Gallery:
             del model["name"]
         precision = sampling_engine(config.engine, self.world.device).precision
         made_by = [[model, diffusion], config.sampling.clip, precision]
-        if not torch.equal(levels, uniform_grid(build_schedule(config), steps)):
+        table = diffusion["schedule"] == TABLE
+        if table or not torch.equal(levels, uniform_grid(build_schedule(config), steps)):
             made_by.append(levels)
         if config.codec.identity is not None:
             made_by.append(config.codec.identity)

@@ -73,7 +73,7 @@ class LadderReport:
         return self.gallery.images(checkpoint, path, sampler, num_steps, self.count)
 
     def _error_of_teacher(self, num_steps: int) -> float:
-        images = self._images(self.base, self.base_path, "ddim", num_steps)
+        images = self._images(self.base, self.base_path, self.base.sampler or "ddim", num_steps)
         self.teachers[num_steps] = images
         return trajectory_error(images, self.teachers[self.reference_steps])
 
@@ -102,7 +102,7 @@ class LadderReport:
     def table(self) -> str:
         """Returns the table of the stages so far."""
         what = "images" if self.base.config.codec.identity is None else "latents"
-        return ladder_table(self.rows, self.reference_steps, self.base.kind == "base", what)
+        return ladder_table(self.rows, self.reference_steps, self.base.sampler, what)
 
     def finish(self) -> None:
         """Draws the pictures and prints the table."""
@@ -119,19 +119,25 @@ class LadderReport:
 
 
 def ladder_table(
-    rows: Sequence[LadderRow], reference_steps: int, from_base: bool = True, what: str = "images"
+    rows: Sequence[LadderRow],
+    reference_steps: int,
+    sampler: str | None = None,
+    what: str = "images",
 ) -> str:
     """Returns the ladder as a Markdown table below a line that explains it.
 
-    from_base: whether the ladder starts from a base model rather than from a student. what: whose
-    distances they are, images or latents.
+    sampler: the sampler of the student that the ladder starts from; None if from a base model.
+    what: whose distances they are, images or latents.
     """
     reference, teacher = (
-        ("base teacher", "undistilled teacher") if from_base else ("first teacher", "first teacher")
+        ("base teacher", "undistilled teacher")
+        if sampler is None
+        else ("first teacher", "first teacher")
     )
+    drawn = "DDIM" if sampler in (None, "ddim") else sampler
     lines = [
-        f"Mean squared distance to the {reference}'s {reference_steps}-step DDIM {what} from the "
-        f"same noise ({NUM_IMAGES} {what}, not clipped):",
+        f"Mean squared distance to the {reference}'s {reference_steps}-step {drawn} {what} from "
+        f"the same noise ({NUM_IMAGES} {what}, not clipped):",
         "",
         f"| steps | updates | student | {teacher} | student / teacher |",
         "|---:|---:|---:|---:|---:|",

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Discriminator, Tag
 from torch import nn
 
+from models.diffusers_unet import DiffusersUNet, DiffusersUNetSection
 from models.dit import DiT, DiTSection
 from models.unet import UNet
 from models.unet_section import UNetSection
@@ -30,6 +31,7 @@ class Network(NamedTuple):
 NETWORKS = {
     "unet": Network(UNetSection, UNet),
     "dit": Network(DiTSection, DiT),
+    "diffusers_unet": Network(DiffusersUNetSection, DiffusersUNet),
 }
 
 
@@ -41,6 +43,8 @@ def _name(section: Any) -> Any:
 
 
 NetworkSection = Annotated[
-    Annotated[UNetSection, Tag("unet")] | Annotated[DiTSection, Tag("dit")],
+    Annotated[UNetSection, Tag("unet")]
+    | Annotated[DiTSection, Tag("dit")]
+    | Annotated[DiffusersUNetSection, Tag("diffusers_unet")],
     Discriminator(_name),
 ]

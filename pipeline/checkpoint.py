@@ -36,14 +36,15 @@ from pipeline.checkpoint_checks import (
 )
 from pipeline.checkpoint_checks import digest as digest
 from pipeline.config import Config, explain, make_config
-from pipeline.network import build_schedule, misfit
-from pipeline.values import SamplerName
+from pipeline.network import build_schedule, misfit, uniform_levels
+from pipeline.values import TABLE, SamplerName
 from utils.command import DamagedCheckpoint, InputError
 from utils.files import atomic_write, require_regular_file
 
 FORMAT = "progressive-distillation"
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had num_steps instead of grid and sampler
+HALF = (torch.float16, torch.bfloat16)
 
 CheckedState = Annotated[State, PlainValidator(as_state)]
 Short = Annotated[str, Field(max_length=200)]
@@ -55,7 +56,8 @@ class Checkpoint:
 
     kind: base, student, or autoencoder (one in training). name: the name of its config. update,
     stage: how far it was trained. grid: the noise levels that a student was distilled for, as
-    logsnr from t = 1 down to +inf; sampler: the sampler to use on them; both None otherwise.
+    logsnr from t = 1 down to +inf; sampler: the sampler to use on them; both None for a base model,
+    unless diffusion.schedule is table: then grid has all levels that the model was trained at.
     model: the weights in training; ema: their average; walker: the average that walks the paths of
     the distillation; None if not kept. optimizer: its state, None in published files; scaler: the
     state of the loss scaler in fp16. lineage: digests of the weights that training started from: a
@@ -84,10 +86,14 @@ class Checkpoint:
     def _consistent(self) -> "Checkpoint":
         if self.config.codec.name != "pixels" and self.config.codec.digest is None:
             raise ValueError("config: codec.digest: missing; the autoencoder must be named by it")
-        base = self.kind != "student"
-        if not base == (self.grid is None) == (self.sampler is None) == (self.stage == 0):
+        base, table = self.kind != "student", self.config.diffusion.schedule == TABLE
+        if table and self.grid is None:
+            raise ValueError(f"grid: missing, where diffusion.schedule is {TABLE}")
+        steps = None if self.grid is None else len(self.grid) - 1
+        no_steps = steps is None or (base and table)
+        if not base == no_steps == (self.sampler is None) == (self.stage == 0):
             raise ValueError(
-                f"kind: {self.kind}, but stage is {self.stage}, num_steps {self.num_steps} and "
+                f"kind: {self.kind}, but stage is {self.stage}, num_steps {steps} and "
                 f"sampler {self.sampler}; a base model has stage 0 and neither of the others"
             )
         return self
@@ -95,13 +101,17 @@ class Checkpoint:
     @property
     def num_steps(self) -> int | None:
         """The number of sampling steps a student was distilled for; None for a base model."""
-        return None if self.grid is None else len(self.grid) - 1
+        return None if self.grid is None or self.kind != "student" else len(self.grid) - 1
 
     def levels(self, num_steps: int | None = None) -> Grid:
-        """Returns the grid to sample on: a student's own, or a uniform one of num_steps steps."""
-        if self.grid is not None and num_steps in (None, self.num_steps):
+        """Returns the grid to sample on: a student's own, or a uniform one of num_steps steps.
+
+        Raises InputError for more steps than a table has levels.
+        """
+        steps = num_steps or self.num_steps or self.config.sampling.steps
+        if self.grid is not None and steps == self.num_steps:
             return torch.tensor(self.grid, dtype=torch.float64)
-        return uniform_grid(build_schedule(self.config), num_steps or self.config.sampling.steps)
+        return uniform_levels(self.config, self.grid, steps)
 
     @property
     def weights(self) -> State:
@@ -133,9 +143,7 @@ def _entries(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the entries as plain values and tensors, as they are stored in a file."""
     entries = {entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)}
     if checkpoint.grid is not None:
-        entries["grid"] = list(
-            checkpoint.grid[:-1]
-        )  # JSON has no infinity: the last level is left out
+        entries["grid"] = list(checkpoint.grid[:-1])  # JSON has no infinity
     return entries | {"config": checkpoint.config.model_dump(mode="json")}
 
 
@@ -192,7 +200,7 @@ def _checked(content: dict[Any, Any], path: Path, version: int) -> Checkpoint:
     for name in ("model", "ema"):  # published weights may have half the precision
         if isinstance(content.get(name), dict):
             content[name] = {
-                key: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
+                key: t.float() if isinstance(t, Tensor) and t.dtype in HALF else t
                 for key, t in content[name].items()
             }
     try:
@@ -247,10 +255,10 @@ def publish_checkpoint(path: Path, checkpoint: Checkpoint, half: bool) -> None:
     half: store float16, half as large. load_checkpoint reads both. Raises InputError for weights
     that are not finite, which in float16 includes those beyond 65,504.
     """
-    weights = {
-        name: t.contiguous() for name, t in checkpoint.weights.items()
-    }  # on GPUs they are channels_last
-    model = {name: t.half() if half else t for name, t in weights.items()}
+    # Weights are channels_last on GPUs. float64 is a table of levels, which must stay apart.
+    weights = {name: t.contiguous() for name, t in checkpoint.weights.items()}
+    narrow = torch.float32 if half else None
+    model = {name: t.half() if t.dtype == narrow else t for name, t in weights.items()}
     require_finite(model, f"{path}: not written" + (", as in half precision" if half else ""))
     entries = {k: v for k, v in _entries(checkpoint).items() if k not in NOT_PUBLISHED}
     entries["digest"] = digest({**entries, "model": model})

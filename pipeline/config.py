@@ -51,7 +51,7 @@ class Config(Section):
             raise ValueError(f"sampling.clip: true, but {NOT_CLIPPED} (false)")
         student = self.distillation.student
         for where, model in (("model", self.model), ("distillation.student", student)):
-            if model is not None and (wrong := self._misfit(model, where)):
+            if model is not None and (wrong := self.misfit(model, where)):
                 raise ValueError(wrong)
         classes = self.model.num_classes
         if self.training.label_dropout and classes is None:
@@ -64,13 +64,17 @@ class Config(Section):
                 f"distillation.student.num_classes: {student.num_classes}, but the teacher has "
                 f"{classes}; take the same"
             )
+        if student is not None and student.guidance:
+            raise ValueError(
+                "distillation.student.guidance: follows from distillation.guidance; leave it out"
+            )
         if self.distillation.guidance is not None and classes is None:
             raise ValueError(
                 "distillation.guidance: needs a teacher that is conditional (model.num_classes)"
             )
         return self
 
-    def _misfit(self, model: NetworkSection, where: str) -> str | None:
+    def misfit(self, model: NetworkSection, where: str) -> str | None:
         """Returns why a network cannot take what the codec gives it, or None if it can."""
         if self.codec.name == "pixels":
             return model.misfit(self.data.image_size, where)

@@ -1,6 +1,6 @@
 """Builds the network and the schedule of a config, and loads weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.gaussian import OUTPUT_TYPES
-from diffusion.schedule import Schedule, make_schedule
+from diffusion.grids import Grid, coarser_grid, uniform_grid, uniform_times
+from diffusion.schedule import SCHEDULES, Schedule, make_schedule
 from models.autoencoder import Autoencoder
 from models.networks import NETWORKS
 from pipeline.codec_sections import Shape
 from pipeline.config import Config
+from pipeline.values import TABLE
 from utils.command import InputError
 
 N = TypeVar("N", bound=nn.Module)
@@ -66,9 +68,29 @@ def image_shape(config: Config) -> Shape:
 
 
 def build_schedule(config: Config) -> Schedule:
-    """Returns the config's noise schedule."""
+    """Returns the config's noise schedule. Raises InputError if its levels are a table."""
     diffusion = config.diffusion
+    if diffusion.schedule == TABLE:
+        raise InputError(
+            f"diffusion.schedule: {TABLE}: the levels of an imported checkpoint, which can be "
+            f"sampled from and distilled; to train take {', '.join(SCHEDULES)}"
+        )
     return make_schedule(diffusion.schedule, diffusion.logsnr_min, diffusion.logsnr_max)
+
+
+def uniform_levels(config: Config, table: Sequence[float] | None, num_steps: int) -> Grid:
+    """Returns a uniform grid of the config's schedule, or of the table that stands in its place.
+
+    Raises InputError for more steps than the table has levels.
+    """
+    if config.diffusion.schedule != TABLE or table is None:
+        return uniform_grid(build_schedule(config), num_steps)
+    if num_steps >= len(table):
+        raise InputError(
+            f"{num_steps} steps: this checkpoint has a table of {len(table) - 1} noise levels; "
+            "take at most as many steps"
+        )
+    return coarser_grid(torch.tensor(table, dtype=torch.float64), uniform_times(num_steps))
 
 
 def misfit(weights: Mapping[str, Tensor], config: Config, kind: str = "base") -> str:

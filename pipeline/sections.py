@@ -64,8 +64,9 @@ class DataConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion process and what the network predicts.
 
-    logsnr_min, logsnr_max: within [-20, 20], because the network's time input is clipped to that
-    range (time_features in models/layers.py).
+    schedule: a key of SCHEDULES, or table: the levels are in the checkpoint's grid, as those of an
+    imported pipeline, which is not trained here. logsnr_min, logsnr_max: within [-20, 20], because
+    the network's time input is clipped to that range (time_features in models/layers.py).
     """
 
     prediction: OutputTypeName = "v"
@@ -103,7 +104,8 @@ class DistillationConfig(Recipe):
     ladder: the teacher's number of steps, then every student's. null: the FIRST student has
     first_steps, and each of the iterations halves them. method: a key of METHODS. grid: uniform in
     time; adaptive, with equal shares of the teacher's error; or, for a ladder of one student, the
-    list of its times from 1 down to 0. student: the student's network, if not the teacher's.
+    list of its times from 1 down to 0. student: the student's network, if not the teacher's;
+    prediction: what the students predict, if not what their teacher does.
     losses: the terms of the loss and their weights, in place of loss_weight. guidance: the range of
     the guidance weight, if the student takes it as an input. ema_decay: of the average that is
     evaluated; walker_decay: of the average that walks the paths of tract and consistency. pull:
@@ -121,6 +123,7 @@ class DistillationConfig(Recipe):
     method: MethodName | ListOf[MethodName] = "progressive"
     grid: GridChoice = "uniform"
     student: NetworkSection | None = None
+    prediction: OutputTypeName | None = None
     updates_per_stage: Count | ListOf[Count] = 5000
     learning_rate: Rate | ListOf[Rate] = 1.0e-4
     time_exponent: Exponent | ListOf[Exponent] = 1.0

@@ -1,7 +1,7 @@
 """The types of a config's values that are names of the project's tables, and a few ranges."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -14,8 +14,8 @@ from pipeline.data import DATASETS
 from utils.values import AsTuple, ListOf
 
 
-def one_of(names: Mapping[str, Any]) -> AfterValidator:
-    """Returns a validator: the string must be a key of the table."""
+def one_of(names: Collection[str]) -> AfterValidator:
+    """Returns a validator: the string must be one of the names."""
 
     def check(name: str) -> str:
         if name not in names:
@@ -36,6 +36,9 @@ def _path(text: str) -> str:
     return text
 
 
+TABLE = "table"
+"""In the place of a schedule: the levels are those of the checkpoint's grid, not of a formula."""
+
 Rate = Annotated[float, Field(gt=0.0, le=1000.0)]
 Exponent = Annotated[float, Field(ge=1.0, le=10.0)]
 Time = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -46,7 +49,7 @@ PathName = Annotated[str, AfterValidator(_path)]
 SamplerName = Annotated[str, AfterValidator(_sampler_name)]
 DatasetName = Annotated[str, one_of(DATASETS)]
 OutputTypeName = Annotated[str, one_of(OUTPUT_TYPES)]
-ScheduleName = Annotated[str, one_of(SCHEDULES)]
+ScheduleName = Annotated[str, one_of([*SCHEDULES, TABLE])]
 LossWeightName = Annotated[str, one_of(SQUARED_ERRORS)]
 LossName = Annotated[str, one_of(LOSSES)]
 MethodName = Annotated[str, one_of(METHODS)]

@@ -23,7 +23,7 @@ from pipeline.data import open_dataset
 from tests.test_methods import Killed, Steps, refused
 from tests.test_methods import main as run
 from tests.toys import tiny
-from tools import train_autoencoder
+from tools import export_diffusers, train_autoencoder
 
 pytest.importorskip("diffusers", reason="autoencoders are AutoencoderKL of diffusers")
 
@@ -171,6 +171,8 @@ def test_what_latents_cannot_do_is_refused(made, tmp_path, capsys):
     assert "sampling.clip: true, but latents have no fixed range" in line
     line = refused(capsys, sample, "--checkpoint", folder / WEIGHTS[0])
     assert "autoencoder-4.pt: kind: autoencoder, where that of a diffusion model" in line
+    line = refused(capsys, export_diffusers, "--checkpoint", student, *out)
+    assert "codec.name: autoencoder; models of pixels can be exported" in line
     line = refused(capsys, train_autoencoder, "--config_path", config, *out)
     assert "codec: an autoencoder is trained on pixels" in line
     ae = ("--config_path", folder / "ae.yaml")

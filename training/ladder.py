@@ -1,5 +1,6 @@
 """What a ladder is asked for: the teacher's config, and what may be asked for beside it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from pipeline.config import (
     differences,
     make_config,
 )
+from pipeline.values import TABLE
 from training.resume import FREE_KEYS
 from utils.command import InputError, warn
 from utils.strict_yaml import override, read_yaml
+
+LEAST_ALPHA = 0.05  # below it a teacher that predicts eps gets a warning
 
 
 def distillation_config(
@@ -64,6 +68,7 @@ def distillation_config(
     config = teacher.config.model_copy(update={**sections, "data": data, "codec": codec})
     config = make_config(config.model_dump(mode="json"), where)
     _require_guidance(teacher, teacher_path, config.distillation)
+    _warn_of_eps(teacher, teacher_path, config.distillation)
     return config
 
 
@@ -101,6 +106,23 @@ def _require_guidance(teacher: Checkpoint, path: Path, ladder: DistillationConfi
         raise InputError(
             f"{path}: {what}, so nothing can be guided (distillation.guidance); take a base model "
             "trained with training.label_dropout, e.g. 0.1"
+        )
+
+
+def _warn_of_eps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:
+    """Warns of students that predict eps where a table of levels ends in nothing but noise.
+
+    x_hat = (z - sigma eps_hat) / alpha there, so that their errors grow by 1 / alpha.
+    """
+    diffusion, grid = teacher.config.diffusion, teacher.grid or (math.inf,)
+    alpha = (1 + math.exp(-grid[0])) ** -0.5
+    into = ladder.prediction or diffusion.prediction
+    if diffusion.schedule == TABLE and into == "eps" and alpha < LEAST_ALPHA:
+        steps = ladder.steps()[0]
+        warn(
+            f"{path}: predicts eps, and at its first level the error of x_hat is {1 / alpha:.0f} "
+            "times that of eps; let the students predict v, the first in as many steps as its "
+            f"teacher: distillation.prediction=v distillation.ladder=[{steps},{steps},..]"
         )
 
 
@@ -158,6 +180,11 @@ def _fitting_lists(
 def _require_steps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:
     """Raises InputError if a student as the teacher does not make the ladder's first steps."""
     own, (asked, first, *_) = teacher.num_steps, ladder.steps()
+    if own is None and teacher.grid is not None and asked >= len(teacher.grid):
+        raise InputError(
+            f"{path}: has {len(teacher.grid) - 1} noise levels, but is asked for {asked} steps "
+            "(distillation.ladder begins with them); take at most as many"
+        )
     if own is None or own == asked:
         return
     if ladder.ladder is not None:
@@ -186,4 +213,5 @@ def require_no_download(data: DataConfig, where: Path, option: str) -> None:
 
 def reference_steps(teacher: Checkpoint, config: Config) -> int:
     """The steps of the images that a ladder is measured by: the base teacher's finest grid."""
-    return teacher.num_steps or max(config.sampling.steps, config.distillation.steps()[0])
+    finest = max(config.sampling.steps, config.distillation.steps()[0])
+    return finest if teacher.grid is None else min(finest, len(teacher.grid) - 1)

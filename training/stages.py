@@ -1,66 +1,41 @@
 """The stages of a run: the base model, then students, each the teacher of the next."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion.gaussian import Denoise, conditioned, guided
-from diffusion.grids import Grid, adaptive_grid, jump_errors, uniform_grid
+from diffusion.grids import (
+    Grid,
+    adaptive_grid,
+    coarser_grid,
+    grid_at,
+    jump_errors,
+    uniform_times,
+)
 from diffusion.losses import SQUARED_ERRORS, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
 from models.networks import NetworkSection
 from pipeline.build import build_denoiser, load_denoiser
 from pipeline.checkpoint import Checkpoint, digest, save_checkpoint
-from pipeline.codec import Codec, open_codec
 from pipeline.config import Config
-from pipeline.data import Dataset
 from pipeline.network import BUILDERS, build_network, build_schedule, load_weights, matching_weights
 from pipeline.sampling import SampleRequest
+from pipeline.values import TABLE
 from training.loop import Callbacks, run_stage
 from training.resume import StageFiles, require_same_everywhere, require_same_stage
+from training.run import Draw, Task
+from training.run import Run as Run
 from training.stage import Stage
 from training.trainee import Trainee, make_trainee
 from utils.command import InputError, say
 from utils.images import by_class, make_grid, save_png
-from utils.processes import World
 from utils.randomness import generator
 
 PROBES = 32  # images over which an adaptive grid's errors are taken
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all stages of a run share. name: of its config; output: its folder."""
-
-    config: Config
-    name: str
-    output: Path
-    world: World
-    dataset: Dataset
-
-    @property
-    def codec(self) -> Codec:
-        """What maps images to what the model works on, and back."""
-        return open_codec(self.config.codec, self.world.device)
-
-
-Draw = Callable[[Run, Trainee, Checkpoint], tuple[Tensor, Tensor]]
-
-
-class Task(NamedTuple):
-    """What is trained: what it learns, and what is drawn beside a checkpoint.
-
-    objective: (run, stage, trainee, start, teacher) -> what it learns. draw: (run, trainee,
-    checkpoint) -> a picture (C, H, W), and the images in it; None for no picture.
-    """
-
-    objective: Callable[[Run, Stage, Trainee, Checkpoint, Checkpoint | None], Objective]
-    draw: Draw | None
 
 
 def train_stage(
@@ -184,14 +159,16 @@ def student_start(run: Run, stage: Stage, teacher: Checkpoint) -> Checkpoint:
     the student has under the same name and in the same shape are copied, others begin afresh.
     An adaptive grid is a uniform one until train_stage has measured the teacher.
     """
-    model = student_model(run.config, teacher)
-    config = run.config.model_copy(update={"model": model})
+    model, before = student_model(run.config, teacher), teacher.config
+    prediction = run.config.distillation.prediction or before.diffusion.prediction
+    diffusion = before.diffusion.model_copy(update={"prediction": prediction})
+    config = run.config.model_copy(update={"model": model, "diffusion": diffusion})
     weights = teacher.weights
-    if model != teacher.config.model:
+    if (model, diffusion) != (before.model, before.diffusion):
         torch.manual_seed(run.config.seed)
         network = build_network(config, run.world.device)
         weights = {**network.state_dict(), **matching_weights(weights, network)}
-    grid = student_grid(run.config, stage)
+    grid = student_grid(stage, teacher)
     return Checkpoint(
         kind="student",
         name=run.name,
@@ -208,11 +185,15 @@ def student_start(run: Run, stage: Stage, teacher: Checkpoint) -> Checkpoint:
 def student_model(config: Config, teacher: Checkpoint) -> NetworkSection:
     """Returns the student's network: distillation.student or its teacher's.
 
-    It takes the guidance weight if distillation.guidance says so, or its teacher does.
+    It takes the guidance weight if distillation.guidance says so, or its teacher does. Raises
+    InputError if it cannot.
     """
     model = config.distillation.student or teacher.config.model
     guidance = config.distillation.guidance is not None or teacher.config.model.guidance
-    return model.model_copy(update={"guidance": guidance})
+    model = model.model_copy(update={"guidance": guidance})
+    if wrong := config.misfit(model, "distillation.student"):
+        raise InputError(wrong)
+    return model
 
 
 # --- grids ----------------------------------------------------------------------------------------
@@ -220,16 +201,24 @@ def student_model(config: Config, teacher: Checkpoint) -> NetworkSection:
 
 def teacher_grid(teacher: Checkpoint, num_steps: int | None) -> Grid:
     """The grid of a teacher's steps: a student's own, or a uniform one of a base model."""
-    return teacher.levels(None if teacher.grid is not None else num_steps)
+    return teacher.levels(teacher.num_steps or num_steps)
 
 
-def student_grid(config: Config, stage: Stage) -> Grid:
-    """The grid of a stage's student: that of the config, or a uniform one."""
-    schedule = build_schedule(config)
+def student_grid(stage: Stage, teacher: Checkpoint) -> Grid:
+    """The grid of a stage's student: levels of its teacher's, equally many steps apart.
+
+    Those of a list of times are the schedule's; of a table, the teacher's nearest ones.
+    """
+    finer = teacher_grid(teacher, stage.teacher_steps)
     if isinstance(stage.grid, str):
-        return uniform_grid(schedule, stage.num_steps or 1)
-    levels = schedule(torch.tensor(stage.grid[:-1], dtype=torch.float64))
-    return torch.cat([levels, torch.tensor([torch.inf], dtype=torch.float64)])
+        return coarser_grid(finer, uniform_times(stage.num_steps or 1))
+    times = torch.tensor(stage.grid, dtype=torch.float64)
+    if teacher.config.diffusion.schedule != TABLE:
+        return grid_at(build_schedule(teacher.config), times)
+    try:
+        return coarser_grid(finer, times)
+    except ValueError as error:
+        raise InputError(f"distillation.grid: {error}") from None
 
 
 def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.gaussian import ddim_step
-from diffusion.grids import adaptive_grid, jump_errors, positions, require_grid, uniform_grid
+from diffusion.grids import (
+    adaptive_grid,
+    coarser_grid,
+    jump_errors,
+    positions,
+    require_grid,
+    uniform_grid,
+    uniform_times,
+)
 from diffusion.samplers import ddim
 from tests.toys import COSINE, STUDENTS, mixture_denoise
 
@@ -88,3 +96,34 @@ def test_no_other_part_of_the_grid_has_a_smaller_largest_error(seed, num_levels,
 def test_more_steps_than_the_grid_has_are_refused():
     with pytest.raises(ValueError, match="5 steps of a grid of 4"):
         adaptive_grid(uniform_grid(COSINE, 4), torch.zeros(5, 5, dtype=torch.float64), 5)
+
+
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_every_kth_level_of_a_uniform_grid_is_the_uniform_grid_to_the_bit(num_steps, k):
+    """So that a student's grid can be taken from its teacher's, without a schedule."""
+    fine, coarse = uniform_grid(COSINE, k * num_steps), uniform_grid(COSINE, num_steps)
+    assert torch.equal(coarser_grid(fine, uniform_times(num_steps)), coarse)
+    assert torch.equal(fine[::k], coarse)
+
+
+@pytest.mark.parametrize("num_steps", [8192, 1024, 512, 1000])
+def test_long_grids_too(num_steps):
+    fine = uniform_grid(COSINE, num_steps)
+    for count in (n for n in range(1, num_steps + 1) if num_steps % n == 0):
+        assert torch.equal(coarser_grid(fine, uniform_times(count)), uniform_grid(COSINE, count))
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_a_coarser_grid_has_the_levels_nearest_to_its_times(num_steps, fewer):
+    fewer = min(fewer, num_steps)
+    grid = uniform_grid(COSINE, num_steps)
+    coarse = coarser_grid(grid, uniform_times(fewer))
+    require_grid(coarse)
+    assert coarse[0] == grid[0]
+    at = 1 - positions(grid, coarse) / num_steps
+    assert (at - uniform_times(fewer)).abs().max() <= 0.5 / num_steps + 1e-6
+
+
+def test_no_coarser_grid_has_more_levels_than_the_finer():
+    with pytest.raises(ValueError, match="5 steps on a grid of 4 levels"):
+        coarser_grid(uniform_grid(COSINE, 4), uniform_times(5))
