@@ -171,7 +171,7 @@ def test_what_latents_cannot_do_is_refused(made, tmp_path, capsys):
     assert "sampling.clip: true, but latents have no fixed range" in line
     line = refused(capsys, sample, "--checkpoint", folder / WEIGHTS[0])
     assert "autoencoder-4.pt: kind: autoencoder, where that of a diffusion model" in line
-    line = refused(capsys, export_diffusers, "--checkpoint", student, *out)
+    line = refused(capsys, export_diffusers, student, *out)
     assert "codec.name: autoencoder; models of pixels can be exported" in line
     line = refused(capsys, train_autoencoder, "--config_path", config, *out)
     assert "codec: an autoencoder is trained on pixels" in line
