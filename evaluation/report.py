@@ -70,7 +70,7 @@ class LadderReport:
         return self.gallery.images(checkpoint, path, sampler, num_steps, self.count)
 
     def _error_of_teacher(self, num_steps: int) -> float:
-        images = self._images(self.base, self.base_path, "ddim", num_steps)
+        images = self._images(self.base, self.base_path, self.base.sampler or "ddim", num_steps)
         self.teachers[num_steps] = images
         return trajectory_error(images, self.teachers[self.reference_steps])
 
@@ -97,7 +97,7 @@ class LadderReport:
 
     def table(self) -> str:
         """Returns the table of the stages so far."""
-        return ladder_table(self.rows, self.reference_steps, self.base.kind == "base")
+        return ladder_table(self.rows, self.reference_steps, self.base.sampler)
 
     def finish(self) -> None:
         """Draws the pictures and prints the table."""
@@ -107,17 +107,22 @@ class LadderReport:
         say(self.table())
 
 
-def ladder_table(rows: Sequence[LadderRow], reference_steps: int, from_base: bool = True) -> str:
+def ladder_table(
+    rows: Sequence[LadderRow], reference_steps: int, sampler: str | None = None
+) -> str:
     """Returns the ladder as a Markdown table below a line that explains it.
 
-    from_base: whether the ladder starts from a base model rather than from a student.
+    sampler: the sampler of the student that the ladder starts from; None if from a base model.
     """
     reference, teacher = (
-        ("base teacher", "undistilled teacher") if from_base else ("first teacher", "first teacher")
+        ("base teacher", "undistilled teacher")
+        if sampler is None
+        else ("first teacher", "first teacher")
     )
+    drawn = "DDIM" if sampler in (None, "ddim") else sampler
     lines = [
-        f"Mean squared distance to the {reference}'s {reference_steps}-step DDIM images from the "
-        f"same noise ({NUM_IMAGES} images, not clipped):",
+        f"Mean squared distance to the {reference}'s {reference_steps}-step {drawn} images from "
+        f"the same noise ({NUM_IMAGES} images, not clipped):",
         "",
         f"| steps | updates | student | {teacher} | student / teacher |",
         "|---:|---:|---:|---:|---:|",

@@ -30,10 +30,20 @@ def load_denoiser(
     where: its file, for errors. engine: how to run it; None for sampling_engine.
     """
     engine = engine or sampling_engine(checkpoint.config.engine, device)
-    config = checkpoint.config.model_copy(update={"engine": engine})
-    network = build_network(config, device, dropout=0.0).eval().requires_grad_(False)
+    allow_tf32(engine)
+    return frozen_denoiser(checkpoint, where, device, engine)
+
+
+def frozen_denoiser(
+    checkpoint: Checkpoint, where: Path, device: torch.device, engine: EngineConfig
+) -> Denoiser:
+    """Returns what load_denoiser does, and leaves torch's settings and random state as they are."""
+    with torch.random.fork_rng(devices=[]):  # a new network has random weights
+        network = build_network(checkpoint.config, device, dropout=0.0)
+    network.eval().requires_grad_(False)
     load_weights(network, checkpoint.weights, where)
-    return build_denoiser(config, network, device)
+    called = accelerated(network, engine, device)
+    return Denoiser(called, checkpoint.config.diffusion.prediction)
 
 
 def build_dataset(config: Config, device: torch.device) -> Dataset:

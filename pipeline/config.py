@@ -51,6 +51,10 @@ class Config(Section):
                 f"distillation.student.num_classes: {student.num_classes}, but the teacher has "
                 f"{classes}; take the same"
             )
+        if student is not None and student.guidance:
+            raise ValueError(
+                "distillation.student.guidance: follows from distillation.guidance; leave it out"
+            )
         if self.distillation.guidance is not None and classes is None:
             raise ValueError(
                 "distillation.guidance: needs a teacher that is conditional (model.num_classes)"

@@ -25,7 +25,7 @@ class SampleRequest:
     """How to draw images: everything but which ones.
 
     levels: the grid, on the CPU. classes: image n gets class n mod len(classes); None without
-    classes. guidance: the weight of classifier-free guidance.
+    classes. guidance: the weight of classifier-free guidance. shown: whether to show progress bars.
     """
 
     config: Config
@@ -38,6 +38,7 @@ class SampleRequest:
     classes: Sequence[int] | None
     guidance: float = 0.0
     batch_size: int = 64
+    shown: bool = True
 
     @classmethod
     def of(
@@ -113,7 +114,8 @@ class SampleRequest:
         """
         device = self.world.device
         noise = ImageNoise(self.seed, indices, image_shape(self.config), device)
-        with progress_bar(self.num_steps, "sampling", "step", leave=False) as bar:
+        steps = self.num_steps
+        with progress_bar(steps, "sampling", "step", leave=False, shown=self.shown) as bar:
 
             def step(i: int, z: Tensor, prediction: Prediction) -> None:
                 bar.update()
@@ -155,7 +157,7 @@ class SampleRequest:
         rank, size, draw = self.world.rank, self.world.size, self.sample if raw else self.draw
         total = sum(len(part) for part in parts)
         with progress_bar(
-            total, title or "images", "image", leave=title is None, shown=bar
+            total, title or "images", "image", leave=title is None, shown=bar and self.shown
         ) as done:
             for n in range(rank, len(parts), size):
                 starts = range(parts[n].start, parts[n].stop, self.batch_size)

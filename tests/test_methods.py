@@ -468,6 +468,10 @@ WRONG = {  # what is asked for -> what the line says
         {"student": {**SMALL, "num_classes": 7}},
         "distillation.student.num_classes: 7, but the teacher has None",
     ),
+    "guidance of a student alone": (
+        {"student": {**SMALL, "guidance": True}},
+        "distillation.student.guidance: follows from distillation.guidance",
+    ),
     "guidance without classes": (
         {"guidance": [0.0, 4.0]},
         "distillation.guidance: needs a teacher that is conditional",

@@ -93,7 +93,8 @@ def test_the_report_says_what_was_measured(tmp_path):
     assert "4-step DDIM" in table
     images = {n: torch.zeros(64, 3, 8, 8) for n in (4, 2, 1)}
     write_table(tmp_path, "x", rows, 4, table)
-    assert "first teacher's 4-step" in ladder_table(rows, 4, from_base=False)
+    assert "first teacher's 4-step DDIM" in ladder_table(rows, 4, "ddim")
+    assert "first teacher's 4-step consistency" in ladder_table(rows, 4, "consistency")
     draw_pictures(tmp_path, images, images, 4)
     assert table in (tmp_path / "ladder.md").read_text()
     numbers = json.loads((tmp_path / "ladder.json").read_text())
