@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ from diffusion.objectives import Objective, denoising_objective, distillation_ob
 from models.networks import NetworkSection
 from pipeline.build import build_denoiser, load_denoiser
 from pipeline.checkpoint import Checkpoint, digest, save_checkpoint
-from pipeline.codec import encode
+from pipeline.codec import Codec, open_codec
 from pipeline.config import Config
 from pipeline.data import Dataset
-from pipeline.network import build_network, build_schedule, load_weights, matching_weights
+from pipeline.network import BUILDERS, build_network, build_schedule, load_weights, matching_weights
 from pipeline.sampling import SampleRequest
 from pipeline.values import TABLE
 from training.loop import Callbacks, run_stage
@@ -50,18 +51,43 @@ class Run:
     world: World
     dataset: Dataset
 
+    @property
+    def codec(self) -> Codec:
+        """What maps images to what the model works on, and back."""
+        return open_codec(self.config.codec, self.world.device)
+
+
+Draw = Callable[[Run, Trainee, Checkpoint], tuple[Tensor, Tensor]]
+
+
+class Task(NamedTuple):
+    """What is trained: what it learns, and what is drawn beside a checkpoint.
+
+    objective: (run, stage, trainee, start, teacher) -> what it learns. draw: (run, trainee,
+    checkpoint) -> a picture (C, H, W), and the images in it; None for no picture.
+    """
+
+    objective: Callable[[Run, Stage, Trainee, Checkpoint, Checkpoint | None], Objective]
+    draw: Draw | None
+
 
 def train_stage(
-    run: Run, stage: Stage, start: Checkpoint, teacher: Checkpoint | None = None
+    run: Run,
+    stage: Stage,
+    start: Checkpoint,
+    teacher: Checkpoint | None = None,
+    task: Task | None = None,
 ) -> Checkpoint:
     """Trains one network from where an earlier run left it; returns its last checkpoint.
 
     start: the checkpoint before the first update (base_start or student_start). teacher: of a
-    student. Writes diffusion-<update>.pt of a base model, with a grid of samples beside each, or
-    student-<steps>.pt of a student.
+    student. task: if another than diffusion. Writes diffusion-<update>.pt of a base model, with a
+    grid of samples beside each, or student-<steps>.pt of a student.
     """
+    task = task or Task(make_objective, draw_samples if teacher is None else None)
     device, training = run.world.device, run.config.training
-    policy = (training.keep_checkpoints, training.milestone_every) if teacher is None else ()
+    keep, milestones = training.keep_checkpoints, training.milestone_every
+    policy = (keep, milestones, stage.of_autoencoder) if teacher is None else ()
     files = StageFiles(run.output, stage.num_steps, *policy)
     newest = files.newest(run.world)
     if newest is not None:
@@ -75,7 +101,7 @@ def train_stage(
     if newest is not None and finished and teacher is not None:
         return newest[1]
 
-    network = build_network(start.config, device, None if teacher is None else 0.0)
+    network = BUILDERS[start.kind](start.config, device, None if teacher is None else 0.0)
     load_weights(network, start.model, files.path(stage.updates, last=True))
     trainee = make_trainee(network, stage, run.world, run.config.engine.precision == "fp16")
     if newest is not None:
@@ -91,27 +117,29 @@ def train_stage(
         save_checkpoint(files.path(trainee.update, last), snapshot())
         files.prune(finished=last)
 
-    draw = partial(draw_samples, run, trainee, snapshot, files) if teacher is None else None
-    objective = make_objective(run, stage, trainee, start, teacher)
+    def draw(drawn: Draw) -> Tensor:
+        picture, images = drawn(run, trainee, snapshot())
+        if run.world.leads:
+            path = files.path(trainee.update, last=True).with_suffix(".png")
+            save_png(path, picture, scale=2)
+        return images
+
+    objective = task.objective(run, stage, trainee, start, teacher)
     title = run.name if stage.num_steps is None else f"student {stage.num_steps}"
-    callbacks = Callbacks(save, draw)
-    run_stage(trainee, stage, run.dataset, objective, run.world, run.output, callbacks, title)
+    callbacks, codec = Callbacks(save, task.draw and partial(draw, task.draw)), run.codec
+    run_stage(
+        trainee, stage, run.dataset, objective, run.world, run.output, callbacks, title, codec
+    )
     return snapshot()
 
 
-def draw_samples(
-    run: Run, trainee: Trainee, snapshot: Callable[[], Checkpoint], files: StageFiles
-) -> Tensor:
-    """Draws a grid of the average's samples beside the newest checkpoint; returns the images."""
-    checkpoint, network = snapshot(), trainee.ema or trainee.network
+def draw_samples(run: Run, trainee: Trainee, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
+    """Draws a grid of the average's samples. Returns it, and the images."""
+    network = trainee.ema or trainee.network
     denoiser = build_denoiser(checkpoint.config, network, run.world.device)
     request = SampleRequest.of(checkpoint, denoiser, run.world)
     images = request.draw_all(run.config.sampling.grid)
-    if run.world.leads:
-        grid = make_grid(*by_class(images, request.classes))
-        path = files.path(trainee.update, last=True).with_suffix(".png")
-        save_png(path, grid, scale=2)
-    return images
+    return make_grid(*by_class(images, request.classes)), images
 
 
 # --- where a stage begins -------------------------------------------------------------------------
@@ -147,8 +175,9 @@ def base_start(run: Run, initial: tuple[Path, Checkpoint] | None = None) -> Chec
 def _require_same_network(path: Path, theirs: Config, ours: Config) -> None:
     values = [config.model_dump() for config in (theirs, ours)]
     keys = [("model", key) for key in values[0]["model"] if key != "dropout"]
-    for section, key in [*keys, ("diffusion", "prediction"), ("data", "channels")]:
-        there, here = (value[section][key] for value in values)
+    keys += [("diffusion", "prediction"), ("data", "channels"), ("codec", "digest")]
+    for section, key in keys:
+        there, here = (value[section].get(key) for value in values)
         if there != here:
             raise InputError(
                 f"{path}: {section}.{key} is {there} there, but {here} in this run, whose network "
@@ -236,7 +265,7 @@ def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:
         say(f"measuring the errors of the teacher's {len(grid) - 1} steps, for an adaptive grid")
         indices = torch.arange(min(PROBES, run.dataset.num_images))
         images, labels = next(iter(run.dataset.batches([indices])))
-        x = encode(images)
+        x = run.codec.encode(images)
         rng = generator(device, stage.seed, "adaptive grid", stage.number)
         eps = torch.randn(x.shape, generator=rng, device=device)
         condition = {} if not stage.conditional or labels is None else {"label": labels}
