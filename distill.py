@@ -32,11 +32,13 @@ def distill(arguments: argparse.Namespace) -> None:
     from pipeline.build import build_dataset
     from pipeline.checkpoint import load_checkpoint
     from pipeline.checkpoint_checks import require_name
+    from pipeline.latents import with_codec
     from training.folder import open_folder, require_same_ladder
     from training.ladder import distillation_config
     from training.loop import rows_of_process
     from training.stage import student_stages
-    from training.stages import Run, student_start, train_stage
+    from training.stages import train_stage
+    from training.starts import Run, student_start
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 
@@ -63,6 +65,7 @@ def distill(arguments: argparse.Namespace) -> None:
             f"{base_path}: is in {output}, with the results of its own run; give another folder "
             "for those of this ladder (--output)"
         )
+    config = with_codec(config, arguments.config_path or base_path)
     recipe = config.distillation
     with join_world(arguments.device) as world:
         rows_of_process(recipe.batch_size, recipe.accumulate, world)  # raises InputError

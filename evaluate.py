@@ -61,6 +61,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.jobs import plan_jobs, require_different_names, require_same_data
     from evaluation.results import markdown, summary
     from pipeline.checkpoint import load_checkpoint
+    from pipeline.codec import open_codec
     from pipeline.config import load_config
     from training.folder import require_no_run
     from training.ladder import require_no_download
@@ -104,6 +105,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
         real = real_images(config)
+        for checkpoint in checkpoints.values():
+            open_codec(
+                checkpoint.config.codec, world.device
+            )  # raises InputError before hours of drawing
         make_folder(output)
         known_results(output, extract, real)  # raises InputError before hours of drawing
         draw_all(jobs, gallery)

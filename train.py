@@ -33,11 +33,13 @@ def train(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_checkpoint
     from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
+    from pipeline.latents import with_codec, with_folder_measured
     from pipeline.network import build_schedule
     from training.folder import open_folder
     from training.loop import rows_of_process
     from training.stage import base_stage
-    from training.stages import Run, base_start, train_stage
+    from training.stages import train_stage
+    from training.starts import Run, base_start
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 
@@ -52,11 +54,15 @@ def train(arguments: argparse.Namespace) -> None:
     initial = None if file is None else (file, load_checkpoint(file))
     if file is not None and file.parent.resolve() == output.resolve():
         raise InputError(f"{file}: lies in {output}, the folder of the new run; give another one")
+    config = with_codec(config, arguments.config_path)
     with join_world(arguments.device) as world:
         stage = base_stage(config)
         rows_of_process(stage.batch_size, stage.accumulate, world)  # raises InputError
-        run = Run(config, name, output, world, build_dataset(config, world.device))
+        dataset = build_dataset(config, world.device)
         with open_folder(output, world, "diffusion-", arguments.restart):
+            where = arguments.config_path
+            config = with_folder_measured(config, where, output, dataset, world)
+            run = Run(config, name, output, world, dataset)
             trained = train_stage(run, stage, base_start(run, initial))
             if world.leads:
                 draw_loss_curve(output)

@@ -106,7 +106,7 @@ class Comparison:
         to_base, same_class = against(partners.base)
         return Row(
             name=job.path.stem,
-            kind=job.checkpoint.kind,
+            kind="base" if job.checkpoint.num_steps is None else "student",
             sampler=job.sampler,
             steps=job.steps,
             quality=measure(features, self.reference),

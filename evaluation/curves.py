@@ -20,7 +20,7 @@ def draw_loss_curve(folder: Path) -> Path:
     for entry in read_metrics(folder / "metrics.jsonl"):
         if entry.get("loss") is not None:
             steps = entry.get("num_steps")
-            title = "base model" if steps is None else f"student {steps}"
+            title = str(entry.get("kind", "base model")) if steps is None else f"student {steps}"
             curves[title].append((entry["update"], entry["loss"]))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

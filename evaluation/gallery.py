@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.grids import uniform_grid
 from evaluation.digits import TRAINED_ON
-from pipeline.build import build_dataset, image_shape, load_denoiser
+from pipeline.build import build_dataset, image_shape, load_denoiser, pixel_shape
 from pipeline.checkpoint import Checkpoint, digest
 from pipeline.config import Config
 from pipeline.data import colored_mnist, fit, mnist
@@ -39,7 +39,8 @@ class Gallery:
 
     Each image is a function of the seed and its index: all checkpoints, samplers and step counts
     start from the same noise. Files of `chunk` images are written whole, and never drawn again.
-    Processes share the work. raw: float32, neither clipped nor rounded; otherwise uint8.
+    Processes share the work. raw: what the model draws, float32, neither clipped nor rounded nor
+    decoded; otherwise uint8.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Gallery:
         table = diffusion["schedule"] == TABLE
         if table or not torch.equal(levels, uniform_grid(build_schedule(config), steps)):
             made_by.append(levels)
+        if config.codec.identity is not None:
+            made_by.append(config.codec.identity)
         if self.raw:
             made_by.append("raw")
         if guidance:
@@ -90,7 +93,8 @@ class Gallery:
         key = self.key(checkpoint, sampler, steps, guidance)
         folder = self.folder / f"{where.stem}-{sampler.replace(':', '-')}-{steps}-{key[:12]}"
         parts = [folder / f"{n:05d}.safetensors" for n in range(math.ceil(count / self.chunk))]
-        shape = (self.chunk, *image_shape(checkpoint.config))
+        shape_of = image_shape if self.raw else pixel_shape
+        shape = (self.chunk, *shape_of(checkpoint.config))
         dtype = torch.float32 if self.raw else torch.uint8
         known = {n: _read(path, shape, dtype) for n, path in enumerate(parts)}
         self.world.wait()  # before anybody writes

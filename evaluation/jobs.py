@@ -156,5 +156,6 @@ def _is_base_of(other: Job, job: Job) -> bool:
     model = b.model.model_copy(update={"guidance": False})
     levels = [c.diffusion.model_copy(update={"prediction": "v"}) for c in (a, b)]
     same = (a.model, levels[0], a.data.name) == (model, levels[1], b.data.name)
+    same = same and a.codec.identity == b.codec.identity
     same = same and other.guidance == job.guidance
     return same and other.checkpoint.num_steps is None and other.sampler == "ddim"

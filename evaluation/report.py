@@ -1,7 +1,7 @@
 """The report of a ladder: a table, the same as JSON, and pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from evaluation.gallery import Gallery
 from pipeline.checkpoint import Checkpoint
 from pipeline.codec import decode
 from training.ladder import reference_steps
-from training.stages import Run
+from training.starts import Run
 from utils.command import say
 from utils.files import write_text
 from utils.images import by_class, make_grid, save_figure, save_png
@@ -44,6 +44,9 @@ class LadderRow:
     def ratio(self) -> float:
         """The student's error over the first teacher's at the same step count."""
         return self.student_error / self.teacher_error if self.teacher_error else float("inf")
+
+
+Decode = Callable[[Tensor], Tensor]
 
 
 class LadderReport:
@@ -87,7 +90,8 @@ class LadderReport:
             return
         count = self.run.config.model.num_classes
         classes = None if count is None else range(count)
-        grid = make_grid(*by_class(decode(images[: self.run.config.sampling.grid]), classes))
+        shown = self.run.codec.decode(images[: self.run.config.sampling.grid])
+        grid = make_grid(*by_class(shown, classes))
         save_png(output / f"student-{num_steps}.png", grid, scale=2)
         write_table(output, self.run.name, self.rows, self.reference_steps, self.table())
         say(
@@ -97,22 +101,33 @@ class LadderReport:
 
     def table(self) -> str:
         """Returns the table of the stages so far."""
-        return ladder_table(self.rows, self.reference_steps, self.base.sampler)
+        what = "images" if self.base.config.codec.identity is None else "latents"
+        return ladder_table(self.rows, self.reference_steps, self.base.sampler, what)
 
     def finish(self) -> None:
         """Draws the pictures and prints the table."""
         if not self.run.world.leads:
             return
-        draw_pictures(self.run.output, self.teachers, self.students, self.reference_steps)
+        draw_pictures(
+            self.run.output,
+            self.teachers,
+            self.students,
+            self.reference_steps,
+            self.run.codec.decode,
+        )
         say(self.table())
 
 
 def ladder_table(
-    rows: Sequence[LadderRow], reference_steps: int, sampler: str | None = None
+    rows: Sequence[LadderRow],
+    reference_steps: int,
+    sampler: str | None = None,
+    what: str = "images",
 ) -> str:
     """Returns the ladder as a Markdown table below a line that explains it.
 
     sampler: the sampler of the student that the ladder starts from; None if from a base model.
+    what: whose distances they are, images or latents.
     """
     reference, teacher = (
         ("base teacher", "undistilled teacher")
@@ -121,8 +136,8 @@ def ladder_table(
     )
     drawn = "DDIM" if sampler in (None, "ddim") else sampler
     lines = [
-        f"Mean squared distance to the {reference}'s {reference_steps}-step {drawn} images from "
-        f"the same noise ({NUM_IMAGES} images, not clipped):",
+        f"Mean squared distance to the {reference}'s {reference_steps}-step {drawn} {what} from "
+        f"the same noise ({NUM_IMAGES} {what}, not clipped):",
         "",
         f"| steps | updates | student | {teacher} | student / teacher |",
         "|---:|---:|---:|---:|---:|",
@@ -154,15 +169,16 @@ def draw_pictures(
     teachers: Mapping[int, Float[Tensor, "n c h w"]],
     students: Mapping[int, Float[Tensor, "n c h w"]],
     reference_steps: int,
+    decode: Decode = decode,
 ) -> None:
     """Writes comparison.png and ladder.png.
 
-    teachers, students: images in the model's range by step count, from the same noise.
+    teachers, students: what they drew from the same noise, by step count. decode: to uint8 images.
     """
     shown = PICTURED_STEPS if PICTURED_STEPS in students else min(students)
-    draw_comparison(folder / "comparison.png", teachers, students, reference_steps, shown)
+    draw_comparison(folder / "comparison.png", teachers, students, reference_steps, shown, decode)
     few = [n for n in PICTURED_STAGES if n in students] or [shown]
-    draw_ladder(folder / "ladder.png", teachers, students, reference_steps, few)
+    draw_ladder(folder / "ladder.png", teachers, students, reference_steps, few, decode)
 
 
 def draw_comparison(
@@ -171,6 +187,7 @@ def draw_comparison(
     students: Mapping[int, Float[Tensor, "n c h w"]],
     reference_steps: int,
     num_steps: int,
+    decode: Decode,
 ) -> None:
     """Draws grids from the same noise: the teacher at many and few steps, students at few."""
     from matplotlib.figure import Figure
@@ -198,6 +215,7 @@ def draw_ladder(
     students: Mapping[int, Float[Tensor, "n c h w"]],
     reference_steps: int,
     steps: Sequence[int],
+    decode: Decode,
     columns: int = 16,
 ) -> None:
     """Draws rows of images from the same noise: the reference, then student and teacher."""

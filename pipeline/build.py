@@ -7,10 +7,12 @@ from torch import nn
 
 from diffusion.gaussian import Denoiser
 from pipeline.checkpoint import Checkpoint
+from pipeline.codec_sections import Shape
 from pipeline.config import Config
 from pipeline.data import Dataset, open_dataset
 from pipeline.engine import accelerated, allow_tf32, sampling_engine
 from pipeline.network import build_network, load_weights
+from pipeline.network import image_shape as image_shape
 from pipeline.sections import EngineConfig
 from utils.command import InputError
 
@@ -60,6 +62,6 @@ def build_dataset(config: Config, device: torch.device) -> Dataset:
     return dataset
 
 
-def image_shape(config: Config) -> tuple[int, int, int]:
-    """Returns (C, H, W) of one image."""
+def pixel_shape(config: Config) -> Shape:
+    """Returns (C, H, W) of one uint8 image."""
     return config.data.channels, config.data.image_size, config.data.image_size

@@ -1,13 +1,10 @@
 """Self-describing checkpoints: loading runs no code, and a file is written whole or not at all."""
 
-import errno
 import json
 import math
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +31,7 @@ from pipeline.checkpoint_checks import (
     as_scaler,
     as_state,
     named_tensors,
+    reading,
     require_finite,
 )
 from pipeline.checkpoint_checks import digest as digest
@@ -47,7 +45,6 @@ FORMAT = "progressive-distillation"
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had num_steps instead of grid and sampler
 HALF = (torch.float16, torch.bfloat16)
-NOT_OURS = "not a checkpoint of this project"
 
 CheckedState = Annotated[State, PlainValidator(as_state)]
 Short = Annotated[str, Field(max_length=200)]
@@ -57,19 +54,19 @@ Short = Annotated[str, Field(max_length=200)]
 class Checkpoint:
     """A network with everything needed to sample from it and to continue its training.
 
-    kind: base or student. name: the name of its config. update, stage: how far it was trained.
-    grid: the noise levels that a student was distilled for, as logsnr from t = 1 down to +inf;
-    sampler: the sampler to use on them; both None for a base model, unless diffusion.schedule is
-    table: then grid has all levels that the model was trained at. model: the weights in training;
-    ema: their average; walker: the average that walks the paths of the distillation; None if not
-    kept. optimizer: its state, None in published files; scaler: the state of the loss scaler in
-    fp16. lineage: digests of the weights that training started from: a student's teacher (teacher),
-    or the file of train.py --initialise (initial).
+    kind: base, student, or autoencoder (one in training). name: the name of its config. update,
+    stage: how far it was trained. grid: the noise levels that a student was distilled for, as
+    logsnr from t = 1 down to +inf; sampler: the sampler to use on them; both None otherwise, unless
+    diffusion.schedule is table: then a base model's grid has all levels that it was trained at.
+    model: the weights in training; ema: their average; walker: the average that walks the paths of
+    the distillation; None if not kept. optimizer: its state, None in published files; scaler: the
+    state of the loss scaler in fp16. lineage: digests of the weights that training started from: a
+    student's teacher (teacher), or the file of train.py --initialise (initial).
 
     Raises pydantic.ValidationError for invalid entries.
     """
 
-    kind: Literal["base", "student"]
+    kind: Literal["base", "student", "autoencoder"]
     name: Annotated[str, AfterValidator(as_name)]
     config: Config
     update: Annotated[int, Field(ge=0, le=2**31)]
@@ -87,7 +84,9 @@ class Checkpoint:
 
     @model_validator(mode="after")
     def _consistent(self) -> "Checkpoint":
-        base, table = self.kind == "base", self.config.diffusion.schedule == TABLE
+        if self.config.codec.name != "pixels" and self.config.codec.digest is None:
+            raise ValueError("config: codec.digest: missing; the autoencoder must be named by it")
+        base, table = self.kind != "student", self.config.diffusion.schedule == TABLE
         if table and self.grid is None:
             raise ValueError(f"grid: missing, where diffusion.schedule is {TABLE}")
         steps = None if self.grid is None else len(self.grid) - 1
@@ -148,17 +147,18 @@ def _entries(checkpoint: Checkpoint) -> dict[str, Any]:
     return entries | {"config": checkpoint.config.model_dump(mode="json")}
 
 
-def load_checkpoint(path: Path | str) -> Checkpoint:
+def load_checkpoint(path: Path | str, of_autoencoder: bool = False) -> Checkpoint:
     """Returns the checkpoint in a .pt or .safetensors file, on the CPU, without running any code.
 
-    Raises InputError if the file is missing, not a checkpoint or of an unknown version, or names
-    the first invalid entry; DamagedCheckpoint if it is truncated or altered.
+    of_autoencoder: whether an autoencoder in training is asked for, and no other kind. Raises
+    InputError if the file is missing, not a checkpoint or of an unknown version, or names the first
+    invalid entry; DamagedCheckpoint if it is truncated or altered.
     """
     path = Path(path)
     published = path.suffix == ".safetensors"
     content = _read_published(path) if published else _read_saved(path)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise InputError(f"{path}: {NOT_OURS}")
+        raise InputError(f"{path}: not a checkpoint of this project")
     try:
         named_tensors(content, most=2 * path.stat().st_size)
     except ValueError as error:
@@ -170,9 +170,12 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     if content.pop("digest", None) != digest(content):
         raise DamagedCheckpoint(f"{path}: damaged, its content is not what was saved")
     checkpoint = _checked(content, path, version)
+    if (checkpoint.kind == "autoencoder") != of_autoencoder:
+        asked = "an autoencoder" if of_autoencoder else "a diffusion model"
+        raise InputError(f"{path}: kind: {checkpoint.kind}, where that of {asked} is asked for")
     states = {name: getattr(checkpoint, name) for name in ("model", "ema", "walker")}
     for name, state in states.items():
-        if state is not None and (wrong := misfit(state, checkpoint.config)):
+        if state is not None and (wrong := misfit(state, checkpoint.config, checkpoint.kind)):
             raise InputError(f"{path}: {name}: not the network of its config: {wrong}")
     require_finite({**states, "optimizer": checkpoint.optimizer}, path)
     return checkpoint
@@ -186,7 +189,8 @@ def _checked(content: dict[Any, Any], path: Path, version: int) -> Checkpoint:
         raise InputError(f"{path}: {str(unknown[0])[:60]!r}: unknown; known: {', '.join(known)}")
     if not isinstance(content.get("config"), dict):
         raise InputError(f"{path}: its config: missing, or not a mapping of keys to values")
-    content["config"] = make_config(content["config"], f"{path}: its config")
+    config = make_config(content["config"], f"{path}: its config")
+    content["config"] = config.model_copy(update={"codec": config.codec.found_from(path.parent)})
     if version == 1 and num_steps is not None:
         if type(num_steps) is not int or not 1 <= num_steps <= 2**20:
             raise InputError(f"{path}: num_steps: not a whole number from 1 to {2**20}")
@@ -214,31 +218,6 @@ def progressive_student(config: Config, num_steps: int) -> dict[str, Any]:
     return {"grid": tuple(grid.tolist()), "sampler": "ddim"}
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns the errors of reading a file into InputError. Wrap nothing but the reading in it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder, where a checkpoint file is asked for") from None
-    except PermissionError:
-        raise InputError(f"{path}: not allowed to read it") from None
-    except MemoryError:
-        raise InputError(f"{path}: not enough memory to read it") from None
-    except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # raised by a reader that misread the file
-            raise DamagedCheckpoint(f"{path}: {NOT_OURS}, or damaged") from None
-        raise InputError(f"{path}: cannot be read now: {error.strerror}") from None
-    except Exception as error:  # damaged archives and other pickles may raise anything
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
-            raise InputError(f"{path}: not enough memory to read it") from None
-        raise DamagedCheckpoint(f"{path}: {NOT_OURS}, or damaged") from None
-
-
 # The only functions that a pickle of tensors and plain values calls. Others that torch.load allows
 # can request any amount of memory, for example bytearray(10**10).
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
@@ -248,7 +227,7 @@ CALLED |= {f"torch {name}Storage" for name in STORAGES}
 
 def _read_saved(path: Path) -> Any:
     """Returns the content of a file written by save_checkpoint."""
-    with _reading(path):
+    with reading(path):
         require_regular_file(path)
         with zipfile.ZipFile(path) as archive:
             sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
@@ -291,7 +270,7 @@ def publish_checkpoint(path: Path, checkpoint: Checkpoint, half: bool) -> None:
 
 def _read_published(path: Path) -> dict[str, Any]:
     """Returns the content of a file written by publish_checkpoint."""
-    with _reading(path):
+    with reading(path):
         require_regular_file(path)
         path.open("rb").close()  # raises the usual OSError, which safetensors does not
         with safetensors.safe_open(path, "pt") as file:

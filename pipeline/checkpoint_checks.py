@@ -1,15 +1,18 @@
 """What a checkpoint may hold: its name, grid, tensors and plain values; their digest."""
 
+import errno
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion.grids import require_grid
-from utils.command import InputError
+from utils.command import DamagedCheckpoint, InputError
 
 State = dict[str, Tensor]
 
@@ -121,6 +124,35 @@ def require_finite(entries: Mapping[str, Any], where: object) -> None:
     if not all(finite):
         name = tensors[finite.index(False)][0]
         raise InputError(f"{where}: {name[:100]!r} is not finite (NaN or infinity)")
+
+
+@contextmanager
+def reading(path: Path, what: str = "a checkpoint") -> Iterator[None]:
+    """Turns the errors of reading a file into InputError. Wrap nothing but the reading in it.
+
+    what: what the file should be, with its article, for the message.
+    """
+    damaged = f"{path}: not {what} of this project, or damaged"
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {what.split()[-1]}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, where {what} file is asked for") from None
+    except PermissionError:
+        raise InputError(f"{path}: not allowed to read it") from None
+    except MemoryError:
+        raise InputError(f"{path}: not enough memory to read it") from None
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # raised by a reader that misread the file
+            raise DamagedCheckpoint(damaged) from None
+        raise InputError(f"{path}: cannot be read now: {error.strerror}") from None
+    except Exception as error:  # damaged archives and other pickles may raise anything
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+            raise InputError(f"{path}: not enough memory to read it") from None
+        raise DamagedCheckpoint(damaged) from None
 
 
 def digest(value: Any) -> str:

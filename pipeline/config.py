@@ -9,6 +9,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from models.networks import NETWORKS, NetworkSection
 from models.unet_section import UNetSection
+from pipeline.codec_sections import (
+    CODEC_SECTIONS,
+    NOT_CLIPPED,
+    AutoencoderConfig,
+    CodecSection,
+    PixelsSection,
+)
 from pipeline.sections import PER_STAGE as PER_STAGE
 from pipeline.sections import DataConfig as DataConfig
 from pipeline.sections import DiffusionConfig, EngineConfig, SamplingConfig, TrainingConfig
@@ -27,6 +34,8 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: PathName | None = None
     data: DataConfig = DataConfig()
+    codec: CodecSection = PixelsSection()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
     model: NetworkSection = UNetSection()
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig = TrainingConfig()
@@ -36,9 +45,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
+        if wrong := self.codec.misfit(self.data.image_size):
+            raise ValueError(wrong)
+        if self.sampling.clip and self.codec.name != "pixels":
+            raise ValueError(f"sampling.clip: true, but {NOT_CLIPPED} (false)")
         student = self.distillation.student
         for where, model in (("model", self.model), ("distillation.student", student)):
-            if model is not None and (wrong := model.misfit(self.data.image_size, where)):
+            if model is not None and (wrong := self._misfit(model, where)):
                 raise ValueError(wrong)
         classes = self.model.num_classes
         if self.training.label_dropout and classes is None:
@@ -61,8 +74,25 @@ class Config(Section):
             )
         return self
 
+    def _misfit(self, model: NetworkSection, where: str) -> str | None:
+        """Returns why a network cannot take what the codec gives it, or None if it can."""
+        if self.codec.name == "pixels":
+            return model.misfit(self.data.image_size, where)
+        if self.codec.digest is None:  # the autoencoder's file has not been read yet
+            return None
+        _, size, _ = self.codec.shape(self.data.image_size, self.data.channels)
+        wrong = model.misfit(size, where)
+        return wrong and f"codec: its latents are images of {size}x{size} to the network; {wrong}"
+
 
 SECTIONS = [name for name in Config.model_fields if isinstance(getattr(Config(), name), Section)]
+# The sections of which a config names one of several, each with its own keys.
+_NETWORK_SECTIONS = {name: network.section for name, network in NETWORKS.items()}
+NAMED: dict[str, Mapping[str, type[Section]]] = {
+    "codec": CODEC_SECTIONS,
+    "model": _NETWORK_SECTIONS,
+    "distillation.student": _NETWORK_SECTIONS,
+}
 
 
 # --- from files and command lines ---------------------------------------------------------------
@@ -91,7 +121,7 @@ def explain(error: ValidationError) -> str:
     by_key: dict[tuple[str, ...], list[Any]] = {}
     errors: list[dict[str, Any]] = [{**one} for one in error.errors()]
     for one in errors:
-        one["loc"], one["network"] = _untagged(one["loc"])
+        one["loc"], one["section"] = _untagged(one["loc"])
         by_key.setdefault(tuple(map(str, one["loc"][:2])), []).append(one)
     # A value that may be a number or a list has an error for each; the deeper one says more.
     first = max(next(iter(by_key.values())), key=lambda one: len(one["loc"]))
@@ -100,12 +130,12 @@ def explain(error: ValidationError) -> str:
     path += [str(part) for part in first["loc"][depth:] if isinstance(part, int)]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "union_tag_invalid":
+        message = f"{first['ctx']['tag']!r} is not one of {', '.join(NAMED['.'.join(path)])}"
         path.append("name")
-        message = f"{first['ctx']['tag']!r} is not one of {', '.join(NETWORKS)}"
     elif first["type"] == "union_tag_not_found":
         message = f"not a section of keys and values (it is {_shortened(first['input'])})"
     elif first["type"] == "extra_forbidden":
-        message = "unknown key" + _nearest_key(path, first["network"])
+        message = "unknown key" + _nearest_key(path, first["section"])
     elif first["type"] == "missing":
         message = "missing"
     elif first["type"] != "value_error" or len(path) > 1:
@@ -116,14 +146,17 @@ def explain(error: ValidationError) -> str:
     return (f"{key}: " if key else "") + message + more
 
 
-def _untagged(where: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], str]:
-    """Returns the location without the name of a network, which pydantic adds, and that name."""
+def _untagged(where: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any]:
+    """Returns the location without the name of a network or codec, and the section of that name.
+
+    pydantic adds the name after the key of a section of NAMED.
+    """
     depth = 2 if where[:2] == ("distillation", "student") else 1
-    if where[:1] == ("model",) or depth == 2:
-        tag = where[depth : depth + 1]
-        if tag and tag[0] in NETWORKS:
-            return where[:depth] + where[depth + 1 :], str(tag[0])
-    return where, "unet"
+    named = NAMED.get(".".join(map(str, where[:depth])), {})
+    name = str(where[depth]) if len(where) > depth else ""
+    if name not in named:
+        return where, None
+    return where[:depth] + where[depth + 1 :], named[name]
 
 
 def _shortened(value: Any) -> str:
@@ -131,11 +164,11 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _nearest_key(path: list[str], network: str) -> str:
+def _nearest_key(path: list[str], named: Any) -> str:
     section: Any = Config
     for part in path[:-1]:
         where = section.model_fields[part].annotation
-        section = where if hasattr(where, "model_fields") else NETWORKS[network].section
+        section = where if hasattr(where, "model_fields") else named
     keys = list(section.model_fields)
     near = difflib.get_close_matches(path[-1], keys, 1)
     if near:
@@ -156,5 +189,6 @@ def differences(a: Config, b: Config, sections: Sequence[str]) -> list[str]:
         if not isinstance(left, dict):
             keys += [section] if left != right else []
             continue
-        keys += [f"{section}.{key}" for key in left if left[key] != right[key]]
+        names = dict.fromkeys([*left, *right])  # two networks or codecs have other keys
+        keys += [f"{section}.{key}" for key in names if left.get(key) != right.get(key)]
     return keys

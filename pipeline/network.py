@@ -1,7 +1,8 @@
 """Builds the network and the schedule of a config, and loads weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 from diffusion.gaussian import OUTPUT_TYPES
 from diffusion.grids import Grid, coarser_grid, uniform_grid, uniform_times
 from diffusion.schedule import SCHEDULES, Schedule, make_schedule
+from models.autoencoder import Autoencoder
 from models.networks import NETWORKS
+from pipeline.codec_sections import Shape
 from pipeline.config import Config
 from pipeline.values import TABLE
 from utils.command import InputError
+
+N = TypeVar("N", bound=nn.Module)
 
 
 def build_network(config: Config, device: torch.device, dropout: float | None = None) -> nn.Module:
@@ -24,15 +29,42 @@ def build_network(config: Config, device: torch.device, dropout: float | None = 
     sizes = config.model.model_dump(exclude={"name"})
     if dropout is not None:
         sizes["dropout"] = dropout
-    channels = config.data.channels
+    channels, image_size, _ = image_shape(config)
     network = NETWORKS[config.model.name].build(
-        image_size=config.data.image_size,
+        image_size=image_size,
         image_channels=channels,
         output_channels=channels * OUTPUT_TYPES[config.diffusion.prediction].channels,
         **sizes,
     )
+    return _in_fast_format(network, device)
+
+
+def build_autoencoder_in_training(
+    config: Config, device: torch.device, dropout: float | None = None
+) -> Autoencoder:
+    """Returns the autoencoder that the config's section of that name describes, with new weights.
+
+    dropout: it has none.
+    """
+    return _in_fast_format(Autoencoder(config.autoencoder.sizes(config.data.channels)), device)
+
+
+# The network of each kind of checkpoint.
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "base": build_network,
+    "student": build_network,
+    "autoencoder": build_autoencoder_in_training,
+}
+
+
+def _in_fast_format(network: N, device: torch.device) -> N:
     fast = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return network.to(device, memory_format=fast)  # type: ignore[call-overload, no-any-return]
+
+
+def image_shape(config: Config) -> Shape:
+    """Returns (C, H, W) of what the model works on: an image, or its latents."""
+    return config.codec.shape(config.data.image_size, config.data.channels)
 
 
 def build_schedule(config: Config) -> Schedule:
@@ -61,16 +93,22 @@ def uniform_levels(config: Config, table: Sequence[float] | None, num_steps: int
     return coarser_grid(torch.tensor(table, dtype=torch.float64), uniform_times(num_steps))
 
 
-def misfit(weights: Mapping[str, Tensor], config: Config) -> str:
+def misfit(weights: Mapping[str, Tensor], config: Config, kind: str = "base") -> str:
     """Returns which weights are missing, left over or of another shape; "" if all fit.
 
     Builds the config's network on the meta device, so that no config can exhaust the memory.
+    kind: of the checkpoint.
     """
     try:
         with torch.device("meta"):
-            wanted = build_network(config, torch.device("meta")).state_dict()
+            wanted = BUILDERS[kind](config, torch.device("meta")).state_dict()
     except RuntimeError:  # the number of bytes overflows
         return "the config asks for a network larger than any memory"
+    return mismatch(weights, wanted)
+
+
+def mismatch(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Returns in which names and shapes the weights differ from the wanted ones; "" if in none."""
     wrong = {
         "missing": [name for name in wanted if name not in weights],
         "left over": [repr(name)[1:-1] for name in weights if name not in wanted],

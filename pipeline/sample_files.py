@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import Tensor
 
 from diffusion.gaussian import Prediction
-from pipeline.codec import decode
 from pipeline.image_folder import IMAGE_SUFFIXES
 from pipeline.sampling import SampleRequest
 from utils.command import InputError
@@ -35,6 +34,8 @@ def write_grid(
     strip: list[Tensor] = []
     kept = {round(n * (request.num_steps - 1) / 11) for n in range(12)}
     shown = {round(n * (request.num_steps - 1) / 59) for n in range(60)}
+
+    decode = request.codec.decode
 
     def on_step(i: int, z: Tensor, prediction: Prediction) -> None:
         if i in shown:

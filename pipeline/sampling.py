@@ -10,9 +10,10 @@ from torch import Tensor
 from diffusion.gaussian import Denoise, Denoiser, Prediction, clipped, conditioned, guided
 from diffusion.grids import Grid
 from diffusion.samplers import OnStep, make_sampler
-from pipeline.build import image_shape
+from pipeline.build import image_shape, pixel_shape
 from pipeline.checkpoint import Checkpoint
-from pipeline.codec import decode
+from pipeline.codec import PIXELS, Codec, open_codec
+from pipeline.codec_sections import NOT_CLIPPED
 from pipeline.config import Config
 from utils.command import InputError, warn
 from utils.processes import World
@@ -39,6 +40,7 @@ class SampleRequest:
     guidance: float = 0.0
     batch_size: int = 64
     shown: bool = True
+    codec: Codec = PIXELS
 
     @classmethod
     def of(
@@ -74,6 +76,8 @@ class SampleRequest:
                 "for the mean of the images at each level, of which a student keeps one, and looks "
                 "blurred or noisy"
             )
+        if clip and checkpoint.config.codec.identity is not None:
+            raise InputError(f"--clip: {NOT_CLIPPED}")
         classes = _parse_labels(labels, checkpoint.config.model.num_classes)
         require_guidable(guidance, checkpoint)
         return cls(
@@ -87,6 +91,7 @@ class SampleRequest:
             classes=classes,
             guidance=guidance,
             batch_size=batch_size,
+            codec=open_codec(checkpoint.config.codec, world.device),
         )
 
     @property
@@ -108,7 +113,7 @@ class SampleRequest:
         return clipped(denoise) if self.clip else denoise
 
     def sample(self, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
-        """Returns the images of these indices: float (B, C, H, W), about in the model's range.
+        """Returns what the model draws for these indices: float, (B, C, H, W) of image_shape.
 
         Each is a function of the seed and its index alone, apart from rounding.
         """
@@ -132,11 +137,11 @@ class SampleRequest:
 
     def draw(self, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:
         """Returns the uint8 images of these indices, on the CPU."""
-        return decode(self.sample(indices, on_step)).cpu().contiguous()
+        return self.codec.decode(self.sample(indices, on_step)).cpu().contiguous()
 
     def draw_all(self, count: int, bar: bool = False) -> Tensor:
         """Returns the first `count` images, uint8. The processes share the work; each gets all."""
-        images = torch.zeros(count, *image_shape(self.config), dtype=torch.uint8)
+        images = torch.zeros(count, *pixel_shape(self.config), dtype=torch.uint8)
         for indices, drawn in self.batches(count, bar):
             images[indices.start : indices.stop] = drawn
         return self.world.sum(images.to(self.world.device)).cpu()

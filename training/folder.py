@@ -16,9 +16,20 @@ from utils.files import make_folder
 from utils.processes import World
 
 # What a run writes into its folder: files of numbers under its own prefix, and these.
-PREFIXES = {"diffusion-": "the training of a base model", "student-": "a ladder"}
-DELETED = ("metrics.jsonl", "loss.png")
-KEPT = ("ladder.md", "ladder.json", "ladder.png", "comparison.png", ".lock")
+PREFIXES = {
+    "diffusion-": "the training of a base model",
+    "student-": "a ladder",
+    "autoencoder-": "the training of an autoencoder",
+}
+DELETED = ("metrics.jsonl", "loss.png", "codec.safetensors")
+KEPT = (
+    "autoencoder.safetensors",
+    "ladder.md",
+    "ladder.json",
+    "ladder.png",
+    "comparison.png",
+    ".lock",
+)
 
 
 def numbered_name(prefix: str, *endings: str) -> re.Pattern[str]:
@@ -44,6 +55,7 @@ def run_in(folder: Path, but: str = "") -> str | None:
     metrics = folder / "metrics.jsonl"
     for entry in read_metrics(metrics) if metrics.exists() else []:
         prefix = "diffusion-" if entry.get("num_steps") is None else "student-"
+        prefix = "autoencoder-" if entry.get("kind") == "autoencoder" else prefix
         if prefix != but:
             return PREFIXES[prefix]
     return None

@@ -43,9 +43,10 @@ def distillation_config(
         section = section | _part(section, where, first_steps, iterations)
         values["distillation"] = section | _fitting_lists(old, section, where)
     given = make_config(values, where)
-    compared = ("seed", "model", "diffusion", "data")
+    compared = ("seed", "model", "diffusion", "data", "codec")
     free = FREE_KEYS | {"model.guidance"}  # it follows from distillation.guidance
     ignored = [k for k in differences(teacher.config, given, compared) if k not in free]
+    ignored = [k for k in ignored if k not in _FOUND or _value(given, k) is not None]
     unread = [item.partition("=")[0] for item in overrides]
     ignored += [key for key in unread if key.split(".")[0] in ("output", "training")]
     if ignored:
@@ -55,17 +56,34 @@ def distillation_config(
         )
     _require_steps(teacher, teacher_path, given.distillation)
     data = teacher.config.data.model_copy(update={"workers": given.data.workers})
-    asked = any(item.startswith("data.root=") for item in overrides)
+    asked = _asked("data.root", overrides)
     if asked or given.data.name == data.name:  # the folder of other data is no use
         data = data.model_copy(update={"root": given.data.root})
     if not asked and (config_path is None or given.data.name != data.name):
         require_no_download(data, teacher_path, "--set data.root=DIR")
+    codec = teacher.config.codec
+    if codec.name == given.codec.name == "autoencoder" and _asked("codec.file", overrides):
+        codec = codec.model_copy(update={"file": given.codec.file})
     sections = {name: getattr(given, name) for name in ("distillation", "sampling", "engine")}
-    config = teacher.config.model_copy(update={**sections, "data": data})
+    config = teacher.config.model_copy(update={**sections, "data": data, "codec": codec})
     config = make_config(config.model_dump(mode="json"), where)
     _require_guidance(teacher, teacher_path, config.distillation)
     _warn_of_eps(teacher, teacher_path, config.distillation)
     return config
+
+
+# What a run fills in of the autoencoder's file, and a config leaves out.
+_FOUND = ("codec.latent_channels", "codec.downsampling", "codec.digest")
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name, None)
+
+
+def _asked(key: str, overrides: list[str]) -> bool:
+    """Whether the command line sets the key."""
+    return any(item.startswith(f"{key}=") for item in overrides)
 
 
 def _require_guidance(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:

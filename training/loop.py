@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.objectives import Objective, Tensors
-from pipeline.codec import encode
+from pipeline.codec import PIXELS, Codec
 from pipeline.data import Dataset
 from training.metrics import Metrics, MetricsLog, Monitor
 from training.stage import Stage
@@ -41,6 +41,7 @@ def train_updates(
     objective: Objective,
     world: World,
     stop: StopRequest | None = None,
+    codec: Codec = PIXELS,
 ) -> Iterator[Metrics]:
     """Trains from the trainee's update to the stage's last one, yielding after each.
 
@@ -63,7 +64,7 @@ def train_updates(
     for images, labels in stop.between(dataset.batches(index_batches)):
         rate = stage.rate_at(trainee.update)
         condition = {"label": labels} if stage.conditional and labels is not None else {}
-        losses, logsnr = backward(trainee, stage, objective, world, images, condition)
+        losses, logsnr = backward(trainee, stage, objective, world, images, condition, codec)
         trainee.scaler.unscale_(trainee.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         stops = torch.tensor(float(stop.requested), device=world.device)
@@ -98,6 +99,7 @@ def backward(
     world: World,
     images: Tensor,
     condition: Tensors,
+    codec: Codec = PIXELS,
 ) -> tuple[Tensor, Tensor]:
     """Accumulates the gradient of the global batch's mean loss in the parameters.
 
@@ -106,7 +108,8 @@ def backward(
     rows = rows_of_process(stage.batch_size, stage.accumulate, world)
     first = rows[0].start
     rng = generator(world.device, stage.seed, stage.number, trainee.update)
-    drawn = objective.draw(rng, torch.Size([stage.batch_size, *images.shape[1:]]))
+    shape = codec.shape(images.shape[-1], images.shape[1])
+    drawn = objective.draw(rng, torch.Size([stage.batch_size, *shape]))
     flip = torch.rand(stage.batch_size, 1, 1, 1, generator=rng, device=world.device) < 0.5
     # Dropout takes no generator: the default one is seeded for each process.
     torch.manual_seed(generator("cpu", rng.initial_seed(), world.rank).initial_seed())
@@ -115,9 +118,10 @@ def backward(
     results = []
     for row in rows:
         local = slice(row.start - first, row.stop - first)
-        x = encode(images[local])
+        pixels = images[local]
         if stage.horizontal_flip:
-            x = torch.where(flip[row], x.flip(-1), x)
+            pixels = torch.where(flip[row], pixels.flip(-1), pixels)
+        x = codec.encode(pixels)
         own_condition = {name: value[local] for name, value in condition.items()}
         own_drawn = {name: value[row] for name, value in drawn.items()}
         with trainee.synchronised(row is rows[-1]):
@@ -168,6 +172,7 @@ def run_stage(
     folder: Path,
     callbacks: Callbacks,
     title: str,
+    codec: Codec = PIXELS,
 ) -> None:
     """Trains the stage to its end with a progress bar, metrics and checkpoints on the way.
 
@@ -197,8 +202,9 @@ def run_stage(
         ):
             show()
         first, finite = trainee.update, True
+        updates = train_updates(trainee, stage, dataset, objective, world, stop, codec)
         try:
-            for metrics in train_updates(trainee, stage, dataset, objective, world, stop):
+            for metrics in updates:
                 stopping, finite = metrics.stop, not metrics.skipped
                 # Weights that give no finite gradient are no place to go on from.
                 last = trainee.update == stage.updates

@@ -185,7 +185,9 @@ class Monitor:
 
     def __init__(self, log: MetricsLog, bar: Any, stage: Stage, device: torch.device) -> None:
         self.log, self.bar, self.stage = log, bar, stage
-        self.where = {"stage": stage.number}
+        self.where: dict[str, Any] = {"stage": stage.number}
+        if stage.of_autoencoder:
+            self.where["kind"] = "autoencoder"
         if stage.num_steps is not None:
             self.where["num_steps"] = stage.num_steps
         self.bins = LossBins(device)

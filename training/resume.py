@@ -15,6 +15,7 @@ from utils.processes import World
 FREE_KEYS = {
     "data.root",
     "data.workers",
+    "codec.file",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.milestone_every",
@@ -32,7 +33,9 @@ def numbered(folder: Path, prefix: str) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_whole(paths: Sequence[Path]) -> tuple[Path, Checkpoint] | None:
+def newest_whole(
+    paths: Sequence[Path], of_autoencoder: bool = False
+) -> tuple[Path, Checkpoint] | None:
     """The first of the checkpoints that is whole.
 
     Each that is damaged is renamed, with a warning: it is no checkpoint any more, and must not
@@ -40,7 +43,7 @@ def newest_whole(paths: Sequence[Path]) -> tuple[Path, Checkpoint] | None:
     """
     for n, path in enumerate(paths):
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, of_autoencoder)
         except DamagedCheckpoint as error:
             rest = "taking the one before it" if n + 1 < len(paths) else "there is none before it"
             path.replace(path.with_name(f"{path.name}.damaged"))
@@ -53,18 +56,22 @@ class StageFiles:
     """The checkpoints of a stage in its run's folder.
 
     num_steps: of a student, whose last checkpoint is student-<steps>.pt and whose others are
-    student-<steps>-<update>.pt; None for a base model, diffusion-<update>.pt.
+    student-<steps>-<update>.pt; None for a base model, diffusion-<update>.pt, and for an
+    autoencoder, autoencoder-<update>.pt.
     """
 
     folder: Path
     num_steps: int | None
     keep: int | None = None
     milestone_every: int | None = None
+    of_autoencoder: bool = False
 
     @property
     def prefix(self) -> str:
         """What the names of numbered checkpoints begin with."""
-        return "diffusion-" if self.num_steps is None else f"student-{self.num_steps}-"
+        if self.num_steps is not None:
+            return f"student-{self.num_steps}-"
+        return "autoencoder-" if self.of_autoencoder else "diffusion-"
 
     def path(self, update: int, last: bool) -> Path:
         """The checkpoint after this update, the last one or not."""
@@ -80,13 +87,13 @@ class StageFiles:
         final = self.path(0, last=True)
         paths = [final] if self.num_steps is not None and os.path.lexists(final) else []
         paths += numbered(self.folder, self.prefix)
-        found = newest_whole(paths) if world.leads else None
+        found = newest_whole(paths, self.of_autoencoder) if world.leads else None
         name = world.agree_on("" if found is None else found[0].name)
         if not name:
             return None
         path = self.folder / name
         if found is None:
-            found = path, load_checkpoint(path)
+            found = path, load_checkpoint(path, self.of_autoencoder)
         require_same_everywhere(path, found[1].model, world)
         return found
 
@@ -122,12 +129,13 @@ def require_same_stage(path: Path, stored: Checkpoint, start: Checkpoint, stage:
     It began with the same weights, and nothing differs in the config but what may change while a
     run goes on; a base model may be trained for longer at a constant rate.
     """
-    if stored.kind != start.kind or (start.kind == "base" and stored.optimizer is None):
+    if stored.kind != start.kind or (start.kind != "student" and stored.optimizer is None):
         raise InputError(f"{path}: not a {start.kind} model in training; give another --output")
     if stored.lineage != start.lineage:
         same = "the same to go on, " if start.kind == "base" else ""
         raise InputError(f"{path}: {_began(stored, start)}; give {same}{_OTHER_FOLDER}")
-    sections = ["seed", "data", "model", "diffusion"]
+    sections = ["seed", "data", "codec"]
+    sections += ["autoencoder"] if start.kind == "autoencoder" else ["model", "diffusion"]
     free = set(FREE_KEYS)
     if stage.num_steps is None:
         training = start.config.training

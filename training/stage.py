@@ -9,7 +9,7 @@ from pipeline.config import Config, GridChoice, Recipe
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: of the base model (number 0), or of a student.
+    """One training: of the base model or of an autoencoder (both number 0), or of a student.
 
     updates_after: of the stages that follow, to estimate the time left. batch_size: of all
     processes and steps of accumulation together. learning_rate: the highest; it rises linearly
@@ -33,6 +33,7 @@ class Stage:
     ema_decay: float | None = None
     horizontal_flip: bool = False
     conditional: bool = False
+    of_autoencoder: bool = False
     updates_after: int = 0
     # of students
     num_steps: int | None = None

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/diffusion", "tests/training/test_loop.py", "tests/test_methods.py"]
+TESTS = ["tests/diffusion", "tests/pipeline/test_codec.py", "tests/training/test_loop.py"]
+TESTS += ["tests/test_methods.py"]
 QUICK = "not two_processes and not killed"  # those see no other mistake in a formula
 LINKED = ("data", "pretrained")  # folders that the tests only read
 

@@ -21,7 +21,8 @@ from tests.test_scripts import refused, run
 from tools import export_diffusers, import_diffusers
 from training.ladder import distillation_config
 from training.stage import student_stages
-from training.stages import Run, make_objective, student_start
+from training.stages import make_objective
+from training.starts import Run, student_start
 from training.trainee import make_trainee
 from utils.processes import World
 
