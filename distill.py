@@ -37,7 +37,8 @@ def distill(arguments: argparse.Namespace) -> None:
     from training.ladder import distillation_config
     from training.loop import rows_of_process
     from training.stage import student_stages
-    from training.stages import Run, student_start, train_stage
+    from training.stages import train_stage
+    from training.starts import Run, student_start
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 

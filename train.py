@@ -38,7 +38,8 @@ def train(arguments: argparse.Namespace) -> None:
     from training.folder import open_folder
     from training.loop import rows_of_process
     from training.stage import base_stage
-    from training.stages import Run, base_start, train_stage
+    from training.stages import train_stage
+    from training.starts import Run, base_start
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 

@@ -14,14 +14,8 @@ from pipeline.config import Config
 from pipeline.network import build_network, load_weights
 from training.loop import train_updates
 from training.stage import Stage, base_stage, student_stages
-from training.stages import (
-    Run,
-    base_start,
-    make_objective,
-    student_start,
-    teacher_grid,
-    teachers_choice,
-)
+from training.stages import make_objective, teachers_choice
+from training.starts import Run, base_start, student_start, teacher_grid
 from training.trainee import make_trainee
 from utils.processes import World
 

@@ -12,7 +12,7 @@ from evaluation.gallery import Gallery
 from pipeline.checkpoint import Checkpoint
 from pipeline.codec import decode
 from training.ladder import reference_steps
-from training.stages import Run
+from training.starts import Run
 from utils.command import say
 from utils.files import write_text
 from utils.images import by_class, make_grid, save_figure, save_png

@@ -56,8 +56,8 @@ class Checkpoint:
 
     kind: base, student, or autoencoder (one in training). name: the name of its config. update,
     stage: how far it was trained. grid: the noise levels that a student was distilled for, as
-    logsnr from t = 1 down to +inf; sampler: the sampler to use on them; both None for a base model,
-    unless diffusion.schedule is table: then grid has all levels that the model was trained at.
+    logsnr from t = 1 down to +inf; sampler: the sampler to use on them; both None otherwise, unless
+    diffusion.schedule is table: then a base model's grid has all levels that it was trained at.
     model: the weights in training; ema: their average; walker: the average that walks the paths of
     the distillation; None if not kept. optimizer: its state, None in published files; scaler: the
     state of the loss scaler in fp16. lineage: digests of the weights that training started from: a
@@ -101,7 +101,7 @@ class Checkpoint:
     @property
     def num_steps(self) -> int | None:
         """The number of sampling steps a student was distilled for; None for a base model."""
-        return None if self.grid is None or self.kind != "student" else len(self.grid) - 1
+        return None if self.grid is None or self.kind == "base" else len(self.grid) - 1
 
     def levels(self, num_steps: int | None = None) -> Grid:
         """Returns the grid to sample on: a student's own, or a uniform one of num_steps steps.

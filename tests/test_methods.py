@@ -32,7 +32,8 @@ from pipeline.network import build_network, build_schedule, load_weights
 from pipeline.sampling import SampleRequest
 from tests.toys import tiny
 from training.stage import student_stages
-from training.stages import Run, make_objective, student_start, teacher_grid
+from training.stages import make_objective
+from training.starts import Run, student_start, teacher_grid
 from training.trainee import Trainee, make_trainee
 from utils.processes import World
 

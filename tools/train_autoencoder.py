@@ -30,7 +30,7 @@ def train(arguments: argparse.Namespace) -> None:
     from training.autoencoder import autoencoder_stage, train_autoencoder
     from training.folder import open_folder
     from training.loop import rows_of_process
-    from training.stages import Run
+    from training.starts import Run
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 

@@ -16,9 +16,9 @@ from pipeline.config import Config
 from pipeline.engine import accelerated, allow_tf32
 from pipeline.latents import latent_scale
 from pipeline.network import build_autoencoder_in_training
-from training.run import Run, Task
 from training.stage import Stage, base_stage
-from training.stages import train_stage
+from training.stages import Task, train_stage
+from training.starts import Run
 from training.trainee import Trainee
 from utils.command import InputError
 from utils.images import make_grid

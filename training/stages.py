@@ -1,8 +1,9 @@
 """The stages of a run: the base model, then students, each the teacher of the next."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,31 +12,38 @@ from diffusion.gaussian import Denoise, conditioned, guided
 from diffusion.grids import (
     Grid,
     adaptive_grid,
-    coarser_grid,
-    grid_at,
     jump_errors,
-    uniform_times,
 )
 from diffusion.losses import SQUARED_ERRORS, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
-from models.networks import NetworkSection
 from pipeline.build import build_denoiser, load_denoiser
-from pipeline.checkpoint import Checkpoint, digest, save_checkpoint
-from pipeline.config import Config
-from pipeline.network import BUILDERS, build_network, build_schedule, load_weights, matching_weights
+from pipeline.checkpoint import Checkpoint, save_checkpoint
+from pipeline.network import BUILDERS, build_schedule, load_weights
 from pipeline.sampling import SampleRequest
-from pipeline.values import TABLE
 from training.loop import Callbacks, run_stage
-from training.resume import StageFiles, require_same_everywhere, require_same_stage
-from training.run import Draw, Task
-from training.run import Run as Run
+from training.resume import StageFiles, require_same_stage
 from training.stage import Stage
+from training.starts import Run, teacher_grid
 from training.trainee import Trainee, make_trainee
 from utils.command import InputError, say
 from utils.images import by_class, make_grid, save_png
 from utils.randomness import generator
 
 PROBES = 32  # images over which an adaptive grid's errors are taken
+
+
+Draw = Callable[[Run, Trainee, Checkpoint], tuple[Tensor, Tensor]]
+
+
+class Task(NamedTuple):
+    """What is trained: what it learns, and what is drawn beside a checkpoint.
+
+    objective: (run, stage, trainee, start, teacher) -> what it learns. draw: (run, trainee,
+    checkpoint) -> a picture (C, H, W), and the images in it; None for no picture.
+    """
+
+    objective: Callable[[Run, Stage, Trainee, Checkpoint, Checkpoint | None], Objective]
+    draw: Draw | None
 
 
 def train_stage(
@@ -109,116 +117,7 @@ def draw_samples(run: Run, trainee: Trainee, checkpoint: Checkpoint) -> tuple[Te
     return make_grid(*by_class(images, request.classes)), images
 
 
-# --- where a stage begins -------------------------------------------------------------------------
-
-
-def base_start(run: Run, initial: tuple[Path, Checkpoint] | None = None) -> Checkpoint:
-    """Returns the base model before its first update.
-
-    initial: a file and its checkpoint, whose averaged weights it begins with instead of random
-    ones. Raises InputError that names the first key of the config in which the networks differ.
-    """
-    config, lineage = run.config, {}
-    if initial is None:
-        torch.manual_seed(config.seed)
-        weights = build_network(config, run.world.device).state_dict()
-    else:
-        path, checkpoint = initial
-        weights = checkpoint.weights
-        require_same_everywhere(path, weights, run.world)
-        _require_same_network(path, checkpoint.config, config)
-        lineage = {"initial": digest(weights)}
-    return Checkpoint(
-        kind="base",
-        name=run.name,
-        config=config,
-        update=0,
-        stage=0,
-        model=weights,
-        lineage=lineage,
-    )
-
-
-def _require_same_network(path: Path, theirs: Config, ours: Config) -> None:
-    values = [config.model_dump() for config in (theirs, ours)]
-    keys = [("model", key) for key in values[0]["model"] if key != "dropout"]
-    keys += [("diffusion", "prediction"), ("data", "channels"), ("codec", "digest")]
-    for section, key in keys:
-        there, here = (value[section].get(key) for value in values)
-        if there != here:
-            raise InputError(
-                f"{path}: {section}.{key} is {there} there, but {here} in this run, whose network "
-                "its weights do not fit; take the same value, or leave --initialise out"
-            )
-
-
-def student_start(run: Run, stage: Stage, teacher: Checkpoint) -> Checkpoint:
-    """Returns a student before its first update: a copy of its teacher, as far as that fits.
-
-    Salimans & Ho 2022, algorithm 2; of a base model it is the average that is copied. Tensors that
-    the student has under the same name and in the same shape are copied, others begin afresh.
-    An adaptive grid is a uniform one until train_stage has measured the teacher.
-    """
-    model, before = student_model(run.config, teacher), teacher.config
-    prediction = run.config.distillation.prediction or before.diffusion.prediction
-    diffusion = before.diffusion.model_copy(update={"prediction": prediction})
-    config = run.config.model_copy(update={"model": model, "diffusion": diffusion})
-    weights = teacher.weights
-    if (model, diffusion) != (before.model, before.diffusion):
-        torch.manual_seed(run.config.seed)
-        network = build_network(config, run.world.device)
-        weights = {**network.state_dict(), **matching_weights(weights, network)}
-    grid = student_grid(stage, teacher)
-    return Checkpoint(
-        kind="student",
-        name=run.name,
-        config=config,
-        update=0,
-        stage=stage.number,
-        grid=tuple(grid.tolist()),
-        sampler=stage.method.sampler,
-        model=weights,
-        lineage={"teacher": digest(teacher.weights)},
-    )
-
-
-def student_model(config: Config, teacher: Checkpoint) -> NetworkSection:
-    """Returns the student's network: distillation.student or its teacher's.
-
-    It takes the guidance weight if distillation.guidance says so, or its teacher does. Raises
-    InputError if it cannot.
-    """
-    model = config.distillation.student or teacher.config.model
-    guidance = config.distillation.guidance is not None or teacher.config.model.guidance
-    model = model.model_copy(update={"guidance": guidance})
-    if wrong := config.misfit(model, "distillation.student"):
-        raise InputError(wrong)
-    return model
-
-
 # --- grids ----------------------------------------------------------------------------------------
-
-
-def teacher_grid(teacher: Checkpoint, num_steps: int | None) -> Grid:
-    """The grid of a teacher's steps: a student's own, or a uniform one of a base model."""
-    return teacher.levels(teacher.num_steps or num_steps)
-
-
-def student_grid(stage: Stage, teacher: Checkpoint) -> Grid:
-    """The grid of a stage's student: levels of its teacher's, equally many steps apart.
-
-    Those of a list of times are the schedule's; of a table, the teacher's nearest ones.
-    """
-    finer = teacher_grid(teacher, stage.teacher_steps)
-    if isinstance(stage.grid, str):
-        return coarser_grid(finer, uniform_times(stage.num_steps or 1))
-    times = torch.tensor(stage.grid, dtype=torch.float64)
-    if teacher.config.diffusion.schedule != TABLE:
-        return grid_at(build_schedule(teacher.config), times)
-    try:
-        return coarser_grid(finer, times)
-    except ValueError as error:
-        raise InputError(f"distillation.grid: {error}") from None
 
 
 def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:

@@ -15,12 +15,14 @@ from diffusion.betas import BETAS
 from diffusion.gaussian import velocity
 from diffusion.samplers import ddim
 from pipeline.build import build_dataset, build_network, load_denoiser
-from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint
+from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
+from pipeline.config import make_config
 from tests.test_scripts import refused, run
-from tools import import_diffusers
+from tools import export_diffusers, import_diffusers
 from training.ladder import distillation_config
 from training.stage import student_stages
-from training.stages import Run, make_objective, student_start
+from training.stages import make_objective
+from training.starts import Run, student_start
 from training.trainee import make_trainee
 from utils.processes import World
 
@@ -215,6 +217,30 @@ def test_a_published_table_stays_as_it_is(tmp_path):
             load_checkpoint(half).model["table"], load_checkpoint(path).model["table"]
         )
         path = half
+
+
+def test_what_export_diffusers_writes_is_imported_with_the_same_images(tmp_path):
+    sizes = {"channels": 32, "channel_multipliers": [1, 2], "attention_heads": 1, "patch_size": 1}
+    sizes |= {"attention_resolutions": [], "blocks_per_level": 1, "resample": "conv"}
+    values = {"data": {"image_size": 8}, "model": sizes, "sampling": {"steps": 8}}
+    config = make_config(values, "x.yaml")
+    torch.manual_seed(0)
+    model = build_network(config, CPU).state_dict()
+    model = {name: t + 0.05 * torch.randn_like(t) for name, t in model.items()}
+    base = Checkpoint(kind="base", name="x", config=config, update=0, stage=0, model=model)
+    first, second = tmp_path / "first.safetensors", tmp_path / "again"
+    publish_checkpoint(first, base, half=False)
+    assert run(export_diffusers, first, "--output", tmp_path / "p") == 0
+    path = imported(tmp_path / "p", *MNIST)
+    made, z = load_checkpoint(path), torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(made.levels(), base.levels(), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        wanted = ddim(load_denoiser(base, first, CPU), z, base.levels())
+    same = difference(ours(path, z, 8), wanted)
+    print(f"exported and imported again: {same:.1e}")
+    assert same < 1e-5
+    assert run(export_diffusers, path, "--output", second) == 0
+    assert digest(load_checkpoint(imported(second, *MNIST)).model) == digest(made.model)
 
 
 # --- distilled ------------------------------------------------------------------------------------

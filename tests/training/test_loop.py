@@ -23,7 +23,8 @@ from training.loop import rows_of_process, train_updates
 from training.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
 from training.resume import StageFiles
 from training.stage import base_stage, student_stages
-from training.stages import Run, base_start, student_start, train_stage
+from training.stages import train_stage
+from training.starts import Run, base_start, student_start
 from training.trainee import ema_decay_at, load_optimizer, make_optimizer, make_trainee, update_ema
 from utils.command import InputError
 from utils.processes import World
