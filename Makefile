@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation methods test test-slow torture lint format mutants clean
+.PHONY: help install quickstart results evaluate experiments ablation methods networks test test-slow torture lint format mutants clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -21,6 +21,7 @@ help:
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
+	@echo 'make networks     UNet, transformer and latent UNet, each with its ladder, in equal CPU time (hours)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
@@ -87,6 +88,11 @@ ablation: $(VENV)/.installed
 methods: $(VENV)/.installed
 	$(SWEEP) methods & $(SWEEP) methods; wait
 	$(SWEEP) methods --table
+
+networks: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.train_autoencoder --config_path configs/mnist_autoencoder.yaml
+	$(SWEEP) networks & $(SWEEP) networks; wait
+	$(SWEEP) networks --table
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

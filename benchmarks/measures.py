@@ -23,6 +23,7 @@ from pipeline.build import load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
 from pipeline.config import load_config
+from pipeline.sampling import SampleRequest
 from training.folder import kept_to_itself
 from training.metrics import read_metrics
 from utils.processes import World
@@ -31,6 +32,7 @@ from utils.randomness import generator
 Rows = list[dict[str, Any]]
 JACKKNIFE = 10  # sets of noise
 HELD_OUT = 2000  # test images
+TIMED = 64  # images in a batch whose sampling is timed
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ class Measurer:
             "losses": losses_of(trained.path.parent) if self.teacher is None else [],
             "held_out": self.held_out_loss(checkpoint) if self.sweep.held_out else None,
         }
-        return [
-            {**about, "sampler": sampler, "steps": steps}
-            | self.quality(trained.path, checkpoint, sampler, steps)
-            for sampler, steps in ways_to_sample(self.sweep, checkpoint)
-        ]
+        rows = []
+        for sampler, steps in ways_to_sample(self.sweep, checkpoint):
+            taken = milliseconds_per_image(checkpoint, trained.path, sampler, steps)
+            row = {**about, "sampler": sampler, "steps": steps, "milliseconds": taken}
+            rows.append(row | self.quality(trained.path, checkpoint, sampler, steps))
+        return rows
 
     def quality(
         self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int
@@ -103,7 +106,7 @@ class Measurer:
 
     def samples(self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int) -> Tensor:
         """Samples, drawn on the CPU; those of all checkpoints start from the same noise."""
-        where = "teacher" if path == self.teacher else path.parent.name
+        where = path.parent.name
         drawn = gallery.Gallery(self.output / "samples" / where, World(torch.device("cpu")), 0, 125)
         with locked(self.output / "locks" / f"samples-{where}", wait=True):
             return drawn.images(checkpoint, path, sampler, steps, self.count)
@@ -148,6 +151,19 @@ def ways_to_sample(sweep: Sweep, checkpoint: Checkpoint) -> list[tuple[str, int]
     sampler = checkpoint.sampler or "ddim"
     own = sweep.steps if sampler == "consistency" else (checkpoint.num_steps,)
     return [(sampler, n) for n in own if n in (sweep.steps or own)]
+
+
+def milliseconds_per_image(checkpoint: Checkpoint, path: Path, sampler: str, steps: int) -> float:
+    """Returns the CPU time of sampling an image in a batch of TIMED, the least of three batches."""
+    cpu = torch.device("cpu")
+    denoiser = load_denoiser(checkpoint, path, cpu)
+    request = SampleRequest.of(checkpoint, denoiser, World(cpu), steps=steps, sampler=sampler)
+    taken = []
+    for _ in range(3):
+        begun = time.process_time()
+        request.draw(range(TIMED))
+        taken.append(time.process_time() - begun)
+    return 1000 * min(taken) / TIMED
 
 
 def losses_of(folder: Path) -> list[float | None]:

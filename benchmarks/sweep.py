@@ -25,6 +25,7 @@ from benchmarks.sweeps import SWEEPS, Sweep
 from benchmarks.timing import timed_stages
 from pipeline.checkpoint import digest
 from pipeline.config import Config, load_config
+from pipeline.latents import with_codec
 from training.ladder import distillation_config
 from training.metrics import read_metrics
 from utils.command import (
@@ -146,11 +147,19 @@ class Bench:
             if not alone:
                 return
             folder = self.output / name
-            trained = self.train(folder, changes)
             if self.result(name) is None:
-                rows = [row for one in trained for row in self.measurer.rows(one)]
-                result = {"measure": self.measure(), "rows": rows}
+                result = {"measure": self.measure(), "rows": self.rows(folder, changes)}
                 write_text(folder / "result.json", json.dumps(result) + "\n")
+
+    def rows(self, folder: Path, changes: list[str]) -> Rows:
+        """Trains a variant and what it teaches, and measures all; no rows if it diverged."""
+        trained = self.train(folder, changes)
+        rows = [row for one in trained for row in self.measurer.rows(one)]
+        if trained and self.sweep.students is not None:
+            sweep, teacher = self.sweep.students, trained[-1].path
+            taught = Bench(sweep, teacher, self.seconds, self.count, self.output)
+            rows += taught.rows(folder / "students", [])
+        return rows
 
     def train(self, folder: Path, changes: list[str]) -> list[Trained]:
         """Trains a variant to its end; returns its checkpoints, none if it diverged."""
@@ -213,7 +222,8 @@ class Bench:
     def config(self, overrides: list[str]) -> Config:
         """The config of a variant."""
         if self.measurer.taught_by is None or self.teacher is None:
-            return load_config(self.sweep.base or Path(), overrides)
+            path = self.sweep.base or Path()
+            return with_codec(load_config(path, overrides), path)
         return distillation_config(self.measurer.taught_by, self.teacher, None, overrides)
 
 
@@ -231,6 +241,7 @@ COLUMNS = {
     "sampler": lambda r: r["sampler"],
     "steps": lambda r: str(r["steps"]),
     "parameters": lambda r: f"{r['parameters']:,}",
+    "ms an image": lambda r: _optional(r.get("milliseconds"), ".2f"),
     "updates": lambda r: f"{r['updates']:,}",
     "images seen": lambda r: f"{r['images']:,}",
     "network calls": lambda r: f"{r['calls']:,}",

@@ -14,7 +14,8 @@ class Sweep:
     base models; students of other step counts are not measured, none given for all. repeated: how
     many of the best variants are trained once more, with another seed. compared_with: the variant
     from which the others' differences are told. held_out: whether students are also measured by
-    their loss on test images.
+    their loss on test images. students: the ladder that every base model teaches, in as much CPU
+    time again.
 
     Stages of a ladder get updates in proportion to distillation.updates_per_stage.
     """
@@ -31,6 +32,7 @@ class Sweep:
     repeated: int = 0
     compared_with: str = ""
     held_out: bool = False
+    students: "Sweep | None" = None
 
 
 SMALL = Path("configs/mnist_small.yaml")
@@ -176,9 +178,45 @@ METHODS = Sweep(
     compared_with="progressive",
 )
 
+# The networks of configs/mnist_dit.yaml and configs/mnist_latent.yaml.
+DIT = (
+    "model={name: dit, channels: 128, depth: 6, attention_heads: 4, mlp_ratio: 4.0, "
+    "patch_size: 4, dropout: 0.0}"
+)
+LATENT_UNET = (
+    "model={channels: 64, channel_multipliers: [1, 2], blocks_per_level: 2, "
+    "attention_resolutions: [8, 4], attention_heads: 2, dropout: 0.0, resample: conv}"
+)
+AUTOENCODER = "codec={name: autoencoder, file: output/autoencoder/autoencoder.safetensors}"
+NETWORKS = Sweep(
+    about="networks: base model and ladder",
+    base=SMALL,
+    common=training(learning_rate_decay="linear", times="stratified", warmup=200),
+    variants={
+        "unet": [],
+        "dit": [DIT, *training(learning_rate=0.001)],
+        "latent_unet": [
+            *(LATENT_UNET, AUTOENCODER, "sampling.clip=false"),
+            *training(learning_rate=0.001),
+        ],
+    },
+    seconds=900,
+    count=5000,
+    steps=(64,),
+    students=Sweep(
+        about="their students",
+        common=[*METHODS.common, *HALVED],
+        variants={},
+        seconds=900,
+        count=5000,
+        steps=(8, 4, 2, 1),
+    ),
+)
+
 SWEEPS = {
     "experiments": EXPERIMENTS,
     "ablation": ABLATION,
     "stages": STAGES,
     "methods": METHODS,
+    "networks": NETWORKS,
 }

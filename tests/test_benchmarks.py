@@ -218,6 +218,22 @@ def test_methods_are_compared_at_every_step_count(run_sweep, teacher, tmp_path, 
     assert stages[1]["updates"] == pytest.approx(2 * stages[0]["updates"], abs=1)
 
 
+def test_networks_are_compared_with_their_ladders(run_sweep, capsys):
+    dit = "model={name: dit, channels: 8, depth: 1, attention_heads: 2, patch_size: 4}"
+    common = [item for item in SWEEPS["methods"].common if "batch_size" not in item]
+    students = replace(
+        SWEEPS["networks"].students, common=[*common, "distillation.ladder=[4,2,1]"], steps=(2, 1)
+    )
+    values = {"variants": {"unet": [], "dit": [dit]}, "steps": (4,), "students": students}
+    assert run_sweep("networks", **values) == 0
+    _, rows = cells(capsys.readouterr().out)
+    found = {(row["variant"], row["steps"]): row for row in rows}
+    assert found.keys() == {(name, n) for name in ("unet", "dit") for n in "421"}
+    for (_, steps), row in found.items():
+        assert float(row["ms an image"]) > 0
+        assert (row["distance to the teacher's samples"] == "") == (steps == "4")
+
+
 def test_a_paired_difference_has_the_interval_of_the_jackknife():
     values = torch.randn(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     without = (values.sum() - values) / 9  # means, for which the jackknife is exact
