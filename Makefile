@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation methods networks test test-slow torture lint format mutants clean
+.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline test test-slow torture lint format mutants clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -22,6 +22,7 @@ help:
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
 	@echo 'make networks     UNet, transformer and latent UNet, each with its ladder, in equal CPU time (hours)'
+	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
@@ -93,6 +94,18 @@ networks: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.train_autoencoder --config_path configs/mnist_autoencoder.yaml
 	$(SWEEP) networks & $(SWEEP) networks; wait
 	$(SWEEP) networks --table
+
+# A pipeline that the diffusers library trains, and the students that this project makes of it.
+PIPELINE = output/pipeline
+pipeline: $(VENV)/.installed-dev
+	test -e $(PIPELINE) || $(BIN)/python -m benchmarks.diffusers_pipeline --output $(PIPELINE)
+	$(BIN)/python -m tools.import_diffusers $(PIPELINE) --output $(PIPELINE).safetensors --set data.name=mnist
+	$(RANKS) distill.py --teacher_model_checkpoint $(PIPELINE).safetensors --output output/distilled/pipeline --set \
+		distillation.updates_per_stage=[400,100,100,150,200,300,300] distillation.batch_size=32 \
+		distillation.learning_rate=2.0e-4
+	$(RANKS) evaluate.py --checkpoint $(PIPELINE).safetensors output/distilled/pipeline/student-125.pt \
+		output/distilled/pipeline/student-25.pt output/distilled/pipeline/student-[15].pt --steps 125 25 5 1 \
+		--count 1000 --output output/pipeline-evaluation
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import yaml
 
 import distill
 import train
-from benchmarks import cost, measures, steps, sweep, throughput
+from benchmarks import cost, diffusers_pipeline, measures, steps, sweep, throughput
 from benchmarks.sweeps import SWEEPS
 from diffusion.grids import uniform_grid
 from evaluation.gallery import RealImages, real_images
@@ -16,6 +16,7 @@ from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.config import load_config
 from pipeline.network import build_network, build_schedule
 from tests.toys import tiny
+from tools import import_diffusers
 
 
 def test_the_benchmark_measures_what_it_says(tmp_path, capsys):
@@ -229,9 +230,23 @@ def test_networks_are_compared_with_their_ladders(run_sweep, capsys):
     _, rows = cells(capsys.readouterr().out)
     found = {(row["variant"], row["steps"]): row for row in rows}
     assert found.keys() == {(name, n) for name in ("unet", "dit") for n in "421"}
-    for (_, steps), row in found.items():
+    for (_, count), row in found.items():
         assert float(row["ms an image"]) > 0
-        assert (row["distance to the teacher's samples"] == "") == (steps == "4")
+        assert (row["distance to the teacher's samples"] == "") == (count == "4")
+
+
+def test_a_pipeline_of_diffusers_is_trained_and_imported(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers", reason="trains a pipeline of the diffusers library")
+    small = {"layers_per_block": 1, "block_out_channels": (8, 8, 8), "norm_num_groups": 8}
+    monkeypatch.setattr(diffusers_pipeline, "SIZES", diffusers_pipeline.SIZES | small)
+    folder, file = tmp_path / "pipeline", tmp_path / "pipeline.safetensors"
+    assert diffusers_pipeline.main(["--output", str(folder), "--seconds", "1"]) == 0
+    assert diffusers_pipeline.main(["--output", str(folder), "--seconds", "1"]) == 2, "exists"
+    given = [str(folder), "--output", str(file), "--set", "data.name=mnist"]
+    assert import_diffusers.main(given) == 0
+    imported = load_checkpoint(file)
+    assert len(imported.grid) == 1001
+    assert imported.config.diffusion.prediction == "eps"
 
 
 def test_a_paired_difference_has_the_interval_of_the_jackknife():
