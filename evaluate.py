@@ -59,7 +59,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
     from evaluation.jobs import plan_jobs, require_different_names, require_same_data
-    from evaluation.results import markdown, summary
+    from evaluation.tables import markdown, summary
     from pipeline.checkpoint import load_checkpoint
     from pipeline.codec import open_codec
     from pipeline.config import load_config

@@ -18,7 +18,7 @@ from diffusion.objectives import distillation_objective
 from diffusion.paths import neighbours
 from evaluation import gallery
 from evaluation.features import Extractor, Features, make_extractor
-from evaluation.quality import frechet_distance, measure
+from evaluation.quality import measure
 from pipeline.build import load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
@@ -30,7 +30,6 @@ from utils.processes import World
 from utils.randomness import generator
 
 Rows = list[dict[str, Any]]
-JACKKNIFE = 10  # sets of noise
 HELD_OUT = 2000  # test images
 TIMED = 64  # images in a batch whose sampling is timed
 
@@ -82,14 +81,12 @@ class Measurer:
     ) -> dict[str, Any]:
         """The distances of samples to real images and to the teacher's from the same noise.
 
-        without: the Frechet distances without each of ten equal sets of the samples.
+        without: see Quality.
         """
         extract, reference = self.extractor
         images = self.samples(path, checkpoint, sampler, steps)
         features = extract(images)
         quality = measure(features, reference)
-        sets = features.values[: self.count - self.count % JACKKNIFE].chunk(JACKKNIFE)
-        parts = [torch.cat([*sets[:n], *sets[n + 1 :]]) for n in range(JACKKNIFE)]
         distance = None
         if self.teacher is not None and self.taught_by is not None:
             ladder = checkpoint.config.distillation.steps()
@@ -99,7 +96,7 @@ class Measurer:
         return {
             "frechet": quality.frechet,
             "interval": quality.frechet_interval,
-            "without": [frechet_distance(part, reference.values) for part in parts],
+            "without": quality.without,
             "confident": quality.confident,
             "to_teacher": distance,
         }

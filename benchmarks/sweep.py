@@ -8,7 +8,6 @@ other one is working on.
 
 import argparse
 import json
-import statistics
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +19,10 @@ import torch
 
 import distill
 import train
-from benchmarks.measures import JACKKNIFE, Measurer, Rows, Trained, locked
+from benchmarks.measures import Measurer, Rows, Trained, locked
 from benchmarks.sweeps import SWEEPS, Sweep
 from benchmarks.timing import timed_stages
+from evaluation.frechet import compare_distances
 from pipeline.checkpoint import digest
 from pipeline.config import Config, load_config
 from pipeline.latents import with_codec
@@ -42,7 +42,6 @@ from utils.command import (
 )
 from utils.files import write_text
 
-STUDENT_T = 2.262  # of 95%, for ten sets
 AGAIN = "-again"  # ends the name of a variant's second run
 
 
@@ -290,15 +289,10 @@ def table(sweep: Sweep, results: dict[str, Rows]) -> str:
 
 
 def difference(row: dict[str, Any], other: dict[str, Any]) -> str:
-    """The difference of two distances over the same noise, with its 95% interval.
-
-    Jackknife over ten sets of noise (Efron 1982): se^2 = 9/10 sum_n (d_n - mean)^2, where d_n is
-    the difference without set n.
-    """
-    pairs = zip(row["without"], other["without"], strict=True)
-    without = [a - b for a, b in pairs]
-    error = (JACKKNIFE - 1) / JACKKNIFE**0.5 * statistics.stdev(without)
-    return f"{row['frechet'] - other['frechet']:+.2f} ± {STUDENT_T * error:.2f}"
+    """The difference of two distances over the same noise, with its 95% interval."""
+    a, b = ((one["frechet"], one["without"]) for one in (row, other))
+    value, half = compare_distances(*a, *b).difference
+    return f"{value:+.2f} ± {half:.2f}"
 
 
 def changes_of(sweep: Sweep, name: str) -> str:

@@ -4,9 +4,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from evaluation.features import Extractor, Features
@@ -16,20 +17,26 @@ from evaluation.jobs import plan_jobs as plan_jobs
 from evaluation.quality import (
     CONFIDENT,
     NEAREST,
+    agreement,
+    asked_share,
     class_shares,
     confident_share,
     flat,
+    ground,
     measure,
     nearest,
     share_nearer,
+    squared_distance,
 )
-from evaluation.results import FLOOR, Key, Results, Row, read_results, write_results
+from evaluation.results import FLOOR, NOISY, Key, Results, Row, read_results
+from evaluation.tables import write_results
 from pipeline.checkpoint import digest
-from pipeline.codec import encode
 from utils.command import InputError, say
 from utils.images import make_grid, save_png
+from utils.randomness import generator
 
 Images = UInt8[Tensor, "n c h w"]
+FAINTEST = 6  # the largest value of the noise under real images
 PICTURED = 12  # samples shown with their nearest training images
 
 
@@ -66,15 +73,35 @@ class Comparison:
 
     def floor(self, count: int) -> Row:
         """Returns the row of real images against other real ones: the best a model can reach."""
-        features = self.extract(self.real.floor[:count])
-        return Row(FLOOR, "floor", "", None, measure(features, self.reference))
+        return self._real(FLOOR, "floor", self.real.floor[:count])
+
+    def floor_on_noise(self, count: int) -> Row:
+        """Returns the row of real images on faint noise: how sensitive the features are to it.
+
+        Each pixel is the larger one of its own value and a uniform one of 0 .. 6.
+        """
+        images = self.real.floor[:count]
+        rng = generator("cpu", "noise under real images")
+        noise = torch.randint(0, FAINTEST + 1, images.shape, generator=rng, dtype=torch.uint8)
+        return self._real(NOISY, "images", images.maximum(noise))
+
+    def _real(self, name: str, kind: Literal["floor", "images"], images: Images) -> Row:
+        quality = measure(self.extract(images), self.reference)
+        faint, border = self.ground(images)
+        return Row(name, kind, "", None, quality, faint=faint, border=border)
+
+    def ground(self, images: Images) -> tuple[float | None, float | None]:
+        """Returns the faint pixels and the border of digits (see quality.ground)."""
+        return (None, None) if self.real.training is None else ground(images)
 
     def row_of_files(self, name: str, images: Images) -> Row:
         """Returns the row of images that were read from files."""
         features = self.extract(images)
         row = Row(name, "images", "", None, measure(features, self.reference))
         pixels, nearness = self.memorised(images, features)
-        return replace(row, memorised_pixels=pixels, memorised_features=nearness)
+        faint, border = self.ground(images)
+        row = replace(row, memorised_pixels=pixels, memorised_features=nearness)
+        return replace(row, faint=faint, border=border)
 
     def memorised(self, images: Images, features: Features) -> tuple[float | None, float | None]:
         """Returns the shares of samples very close to a training image, in pixels and features."""
@@ -104,6 +131,7 @@ class Comparison:
 
         to_teacher, teachers_class = against(partners.teacher)
         to_base, same_class = against(partners.base)
+        faint, border = self.ground(images)
         return Row(
             name=job.path.stem,
             kind="base" if job.checkpoint.num_steps is None else "student",
@@ -121,6 +149,8 @@ class Comparison:
             run=job.checkpoint.name,
             update=job.checkpoint.update,
             guidance=job.guidance,
+            faint=faint,
+            border=border,
             source=_key_of(job, gallery),
         )
 
@@ -141,29 +171,6 @@ def _images_of(job: Job, gallery: Gallery) -> Images:
 
 def _key_of(job: Job, gallery: Gallery) -> str:
     return gallery.key(job.checkpoint, job.sampler, job.steps, job.guidance)
-
-
-def squared_distance(a: UInt8[Tensor, "n c h w"], b: UInt8[Tensor, "m c h w"]) -> float:
-    """Returns the mean squared distance of pixels in [-1, 1], over the images that both have."""
-    size = min(len(a), len(b))
-    return (encode(a[:size]) - encode(b[:size])).square().mean().item()
-
-
-def asked_share(logits: Float[Tensor, "n k"] | None, num_classes: int | None) -> float | None:
-    """Returns the share of images that show the class which a conditional model was given.
-
-    Image n was drawn for class n mod num_classes. None if the classifier knows other classes.
-    """
-    if logits is None or num_classes != logits.shape[1]:
-        return None
-    asked = torch.arange(len(logits)) % num_classes
-    return (logits.argmax(1) == asked).float().mean().item()
-
-
-def agreement(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> float:
-    """Returns the share of images with the same most likely class in both."""
-    size = min(len(a), len(b))
-    return (a[:size].argmax(1) == b[:size].argmax(1)).float().mean().item()
 
 
 def say_of(row: Row) -> str:
@@ -239,8 +246,12 @@ def measure_all(
         write_results(output, results)
 
     for count in sorted({job.count for job in jobs} | {len(images) for images in files.values()}):
-        if count <= len(real.floor) and (Key("", FLOOR, "", 0, 0.0, count), "") not in known:
-            add(comparison.floor(count))
+        floors = {FLOOR: comparison.floor}
+        if real.training is not None:  # digits on black
+            floors[NOISY] = comparison.floor_on_noise
+        for name in floors if count <= len(real.floor) else ():
+            if (Key("", name, "", 0, 0.0, count), "") not in known:
+                add(floors[name](count))
     for name, images in files.items():
         add(comparison.row_of_files(name, images))
         comparison.draw_nearest(output / f"nearest-{name}.png", images)

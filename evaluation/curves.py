@@ -1,12 +1,14 @@
-"""Draws the loss of a run from its metrics."""
+"""Figures: the loss of a run, and distances by sampling steps."""
 
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
+from evaluation.results import DISTILLED, Results, by_curve, finest_base
 from training.metrics import read_metrics
 from utils.images import save_figure
+from utils.terminal import printable
 
 
 def draw_loss_curve(folder: Path) -> Path:
@@ -36,3 +38,46 @@ def draw_loss_curve(folder: Path) -> Path:
     path = folder / "loss.png"
     save_figure(path, figure)
     return path
+
+
+def _label(title: str) -> str:
+    """Escapes a name for matplotlib, which reads $ as a formula and ignores a leading _."""
+    shown = printable(title).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def draw_distances(path: Path, results: Results) -> None:
+    """Plots Frechet distances with intervals over sampling steps, and the floor as a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    curves = by_curve(results)
+    if not curves:
+        return
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for title, points in sorted(curves.items()):
+        rows = [points[steps] for steps in sorted(points)]
+        axes.errorbar(
+            sorted(points),
+            [row.quality.frechet for row in rows],
+            [row.quality.frechet_interval for row in rows],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=2 if title.endswith(DISTILLED) else 1.2,
+            label=_label(title),
+        )
+    floors = {r.quality.count: r.quality.frechet for r in results.rows if r.kind == "floor"}
+    if floors:
+        finest = finest_base(results)
+        count = finest.quality.count if finest and finest.quality.count in floors else max(floors)
+        title = f"real images, n = {count:,} (floor)"
+        axes.axhline(floors[count], color="grey", linestyle="--", label=title)
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance")
+    axes.set_xticks(sorted({steps for points in curves.values() for steps in points}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(path, figure)

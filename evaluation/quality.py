@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.features import Features
+from evaluation.frechet import distances_without, frechet_distance, limit_distance
+from pipeline.codec import encode
 
 NOISE_SETS = 5  # disjoint parts of the samples, for the interval of a distance
 STUDENT_T = 2.776  # 97.5% quantile with four degrees of freedom
@@ -25,6 +26,8 @@ class Quality:
     frechet: Heusel et al. 2017; frechet_interval: half the width of its 95% interval. kernel:
     Binkowski et al. 2018. precision, recall: Kynkaanniemi et al. 2019, k = 3. confident: the share
     of samples to which the classifier gives a class with more than 90%. classes: the share of each.
+    without: the Frechet distances without each of ten sets of the samples; limit: that of
+    infinitely many samples.
     """
 
     count: int
@@ -35,6 +38,8 @@ class Quality:
     recall: float
     confident: float | None = None
     classes: list[float] | None = None
+    without: list[float] | None = None
+    limit: float | None = None
 
 
 def measure(samples: Features, real: Features) -> Quality:
@@ -60,14 +65,9 @@ def measure(samples: Features, real: Features) -> Quality:
         recall=recall,
         confident=None if logits is None else confident_share(logits),
         classes=None if logits is None else class_shares(logits),
+        without=distances_without(samples.values, real.values),
+        limit=limit_distance(samples.values, real.values),
     )
-
-
-def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
-    """Returns |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017)."""
-    statistics_of = [fid_features_to_statistics(x.double()) for x in (a, b)]
-    distance = fid_statistics_to_metric(*statistics_of, False)["frechet_inception_distance"]
-    return max(0.0, float(distance))  # rounding can make it negative
 
 
 def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
@@ -101,6 +101,51 @@ def class_shares(logits: Float[Tensor, "n k"]) -> list[float]:
     """Returns the share of each class among the images."""
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return (counts / len(logits)).tolist()  # type: ignore[no-any-return]
+
+
+# --- relations between sets of images -------------------------------------------------------------
+
+
+def squared_distance(a: UInt8[Tensor, "n c h w"], b: UInt8[Tensor, "m c h w"]) -> float:
+    """Returns the mean squared distance of pixels in [-1, 1], over the images that both have."""
+    size = min(len(a), len(b))
+    return (encode(a[:size]) - encode(b[:size])).square().mean().item()
+
+
+def asked_share(logits: Float[Tensor, "n k"] | None, num_classes: int | None) -> float | None:
+    """Returns the share of images that show the class which a conditional model was given.
+
+    Image n was drawn for class n mod num_classes. None if the classifier knows other classes.
+    """
+    if logits is None or num_classes != logits.shape[1]:
+        return None
+    asked = torch.arange(len(logits)) % num_classes
+    return (logits.argmax(1) == asked).float().mean().item()
+
+
+def agreement(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> float:
+    """Returns the share of images with the same most likely class in both."""
+    size = min(len(a), len(b))
+    return (a[:size].argmax(1) == b[:size].argmax(1)).float().mean().item()
+
+
+# --- what the eye does not see --------------------------------------------------------------------
+
+FAINT = (1, 30)  # values of pixels, of 255, that are hard to tell from black
+BORDER = 2  # pixels along the edge, which are black in nearly all digits
+
+
+def ground(images: UInt8[Tensor, "n c h w"]) -> tuple[float, float]:
+    """Returns the share of faint pixels, and the mean value, of 255, along the edge.
+
+    Of digits on black these measure the noise on the ground, to which features may be sensitive
+    although nobody sees it.
+    """
+    low, high = FAINT
+    faint = ((images >= low) & (images <= high)).float().mean().item()
+    inner = images[:, :, BORDER:-BORDER, BORDER:-BORDER]
+    around = images.double().sum() - inner.double().sum()
+    return faint, (around / (images.numel() - inner.numel())).item()
 
 
 # --- memorised training images --------------------------------------------------------------------

@@ -249,15 +249,6 @@ def test_a_pipeline_of_diffusers_is_trained_and_imported(tmp_path, monkeypatch):
     assert imported.config.diffusion.prediction == "eps"
 
 
-def test_a_paired_difference_has_the_interval_of_the_jackknife():
-    values = torch.randn(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    without = (values.sum() - values) / 9  # means, for which the jackknife is exact
-    row = {"frechet": values.mean().item() + 1, "without": (without + 1).tolist()}
-    told = sweep.difference(row, {"frechet": 0.0, "without": [1.0] * 10})
-    error = values.std() / 10**0.5
-    assert told == f"{values.mean() + 1:+.2f} ± {2.262 * error:.2f}"
-
-
 def test_the_error_of_each_step_is_told(few_real_images, tmp_path, capsys):
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(tiny()))

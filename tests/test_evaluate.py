@@ -16,10 +16,11 @@ import distill
 import evaluate
 import sample
 import train
-from evaluation.comparison import Comparison, Partners, asked_share, plan_jobs
+from evaluation.comparison import Comparison, Partners, plan_jobs
 from evaluation.gallery import CHUNK, Gallery, RealImages, real_images
-from evaluation.quality import Quality
-from evaluation.results import Results, Row, summary
+from evaluation.quality import Quality, asked_share
+from evaluation.results import Results, Row
+from evaluation.tables import summary
 from pipeline.build import build_denoiser, build_network
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from pipeline.config import make_config
@@ -86,13 +87,33 @@ def test_every_checkpoint_sampler_and_step_count_is_measured(workshop):
         ("tiny-teacher", s, n, c) for s in ("ddim", "ancestral") for n, c in ((2, 260), (8, 125))
     }
     students = {("tiny-4-steps", "ddim", 4, 250), ("tiny-2-steps", "ddim", 2, 260)}
-    floors = {("real images", "", None, count) for count in (125, 250, 260)}
+    real = ("real images", "real images on noise")
+    floors = {(name, "", None, count) for name in real for count in (125, 250, 260)}
     assert found == teacher | students | floors
     for row in rows:
         assert sum(row["quality"]["classes"]) == pytest.approx(1.0)
         assert row["quality"]["frechet_interval"] > 0
+    of = {(r["name"], r["quality"]["count"]): r["quality"]["frechet"] for r in rows}
+    assert of[real[0], 260] < of[real[1], 260], "the features see noise that people do not"
     floor = max(r["quality"]["frechet"] for r in rows if r["kind"] == "floor")
-    assert floor < min(r["quality"]["frechet"] for r in rows if r["kind"] != "floor")
+    assert floor < min(r["quality"]["frechet"] for r in rows if r["name"] not in real)
+
+
+def test_a_student_is_compared_with_its_base_over_the_same_sets_of_noise(workshop):
+    table = (workshop["measured"] / "results.md").read_text().splitlines()
+    lines = [line for line in table if line.startswith("| ") and "less its base's" in line]
+    titles = [cell.strip() for cell in lines[0][1:-1].split("|")]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in table if "tiny-" in line]
+    known = [dict(zip(titles, row, strict=True)) for row in rows if len(row) == len(titles)]
+    student = next(row for row in known if row["checkpoint"] == "tiny-2-steps")
+    base = next(row for row in known if row["n"] == "260" and row["sampler"] == "ddim")
+    distances = [float(row["Frechet distance"].split(" ± ")[0]) for row in (student, base)]
+    difference, ratio = (student[f"{word} its base's"] for word in ("less", "over"))
+    assert float(difference.split(" ± ")[0]) == pytest.approx(distances[0] - distances[1], abs=2e-3)
+    assert float(ratio.split(" ± ")[0]) == pytest.approx(distances[0] / distances[1], abs=1e-2)
+    assert base["less its base's"] == "", "it is the base itself"
+    assert 0 <= float(student["faint pixels"]) <= 1
+    assert 0 <= float(student["border"]) <= 255
 
 
 def test_a_student_is_compared_with_its_teacher_from_the_same_noise(workshop):

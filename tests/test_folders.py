@@ -17,7 +17,8 @@ import evaluate
 import sample
 import train
 from evaluation.quality import Quality
-from evaluation.results import Results, Row, markdown, read_results, summary, write_results
+from evaluation.results import Results, Row, read_results
+from evaluation.tables import markdown, summary, write_results
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from tests.toys import tiny
 from tools import publish

@@ -11,7 +11,8 @@ import sample
 from evaluation.features import make_extractor
 from evaluation.gallery import Gallery
 from evaluation.quality import class_shares, confident_share
-from evaluation.results import finest_base, read_results, summary
+from evaluation.results import finest_base, read_results
+from evaluation.tables import summary
 from pipeline.checkpoint import digest, load_checkpoint
 from utils.processes import World
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from evaluation.gallery import Gallery
-from evaluation.results import Results, Row, markdown, read_results
+from evaluation.results import Results, Row, read_results
+from evaluation.tables import markdown
 from pipeline.build import image_shape
 from pipeline.checkpoint import Checkpoint
 from tools.diffusers_format import Exported

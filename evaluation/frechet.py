@@ -1,0 +1,88 @@
+"""The Frechet distance: of one model, of two in comparison, and of infinitely many samples.
+
+Images of two models that start from the same noise vary together. The difference of their distances
+is therefore known far better than either distance.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+SETS = 10  # equal sets of the noise, each of which is left out once
+STUDENT_T = 2.262  # 97.5% quantile with nine degrees of freedom
+PARTS = 4  # the limit is fitted to distances of all samples, and of halves, thirds and quarters
+SAMPLES_PER_FEATURE = 2  # below that a distance of a quarter is no longer linear in 1 / n
+
+
+class Interval(NamedTuple):
+    """A value, and half the width of its 95% interval."""
+
+    value: float
+    half: float
+
+
+class Compared(NamedTuple):
+    """The difference of two distances, and their ratio."""
+
+    difference: Interval
+    ratio: Interval
+
+
+def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
+    """Returns |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017)."""
+    statistics_of = [fid_features_to_statistics(x.double()) for x in (a, b)]
+    distance = fid_statistics_to_metric(*statistics_of, False)["frechet_inception_distance"]
+    return max(0.0, float(distance))  # rounding can make it negative
+
+
+def distances_without(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[float]:
+    """Returns the Frechet distances without each of ten equal sets of the samples."""
+    sets = samples[: len(samples) - len(samples) % SETS].chunk(SETS)
+    return [
+        frechet_distance(torch.cat([*sets[:n], *sets[n + 1 :]]), real) for n in range(len(sets))
+    ]
+
+
+def compare_distances(
+    distance: float, without: Sequence[float], other: float, other_without: Sequence[float]
+) -> Compared:
+    """Compares two distances over the same noise, each with its distances_without.
+
+    Intervals by the jackknife (Efron 1982): se^2 = 9/10 sum_n (v_n - mean)^2, where v_n is the
+    value without set n.
+    """
+    pairs = list(zip(without, other_without, strict=True))
+    return Compared(
+        _jackknife(distance - other, [a - b for a, b in pairs]),
+        _jackknife(distance / max(other, 1e-9), [a / max(b, 1e-9) for a, b in pairs]),
+    )
+
+
+def _jackknife(value: float, without: list[float]) -> Interval:
+    count = len(without)
+    error = (count - 1) / count**0.5 * statistics.stdev(without)
+    return Interval(value, STUDENT_T * error)
+
+
+def limit_distance(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> float | None:
+    """Returns the Frechet distance that infinitely many samples would have.
+
+    The bias of a distance is linear in 1/n (Chong & Forsyth 2020): a line through the mean
+    distances of disjoint parts of n, n/2, n/3 and n/4 samples, at 1/n = 0. None if the samples are
+    too few for their features.
+    """
+    count, features = samples.shape
+    if count < PARTS * SAMPLES_PER_FEATURE * features:
+        return None
+    inverse, distances = [], []
+    for parts in range(1, PARTS + 1):
+        size = count // parts
+        sets = samples[: size * parts].split(size)
+        inverse.append(1.0 / size)
+        distances.append(statistics.fmean(frechet_distance(part, real) for part in sets))
+    return statistics.linear_regression(inverse, distances).intercept
