@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from utils.memory import keep_memory
 from utils.terminal import Terminal as Terminal
 from utils.terminal import leads, printable, safe_streams
 from utils.terminal import say as say
@@ -73,6 +74,7 @@ def run_command(work: Callable[[], None], then: str = "") -> int:
 
     then: what the user can do after stopping it.
     """
+    keep_memory()
     try:
         with ExitStack() as stack:
             for number in STOP_SIGNALS:
