@@ -1,0 +1,151 @@
+"""Exports a checkpoint to ONNX: python -m tools.export_onnx student-8.pt --output mnist-8.onnx."""
+
+import argparse
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from utils.command import InputError, path_name, run_script, say, whole_number
+
+DESCRIPTION = """\
+Write a checkpoint as an ONNX model. By default it draws images: noise -> uint8 images, all steps in
+one graph. With --one_step it is the network alone: z, logsnr -> x_hat, eps_hat. The batch is of any
+size; the metadata holds the noise levels and the config."""
+PRECISIONS = ("fp32", "fp16", "int8")
+MOST_STEPS = 16  # in one graph
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and exports. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    add = parser.add_argument
+    add("checkpoint", type=path_name, help="a .pt or .safetensors file")
+    add("--output", type=path_name, required=True, metavar="FILE.onnx")
+    add("--one_step", action="store_true", help="the network alone, for a loop of your own")
+    steps = "of a base model; by default sampling.steps of its config. A student has its own"
+    add("--steps", type=whole_number(1, 2**20), metavar="N", help=steps)
+    precision = "of the stored weights: fp16 is widened when loaded, int8 is quantised (fp32)"
+    add("--precision", choices=PRECISIONS, default="fp32", help=precision)
+    return run_script(parser, argv, export)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Writes the file, once its graph gives what PyTorch gives."""
+    import torch
+
+    from pipeline.build import image_shape, load_denoiser
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.sections import EngineConfig
+    from tools import onnx_file
+    from utils.files import atomic_write
+
+    path, output = arguments.checkpoint, arguments.output
+    if output.suffix != ".onnx":
+        raise InputError(f"--output {output}: give a name that ends in .onnx")
+    checkpoint = load_checkpoint(path)
+    if checkpoint.config.codec.name != "pixels":
+        raise InputError(f"{path}: a model of latents (codec.name); only pixels are exported")
+    levels = checkpoint.levels(arguments.steps)
+    graph = "one_step" if arguments.one_step else "sampler"
+    if graph == "sampler":
+        _require_unrollable(path, checkpoint.sampler, len(levels) - 1)
+    denoiser = load_denoiser(checkpoint, path, torch.device("cpu"), EngineConfig())
+    conditions = onnx_file.conditions_of(checkpoint)
+    network: Any = denoiser.network
+    z = torch.randn(2, *image_shape(checkpoint.config))
+    given = {"label": torch.tensor([0, -1]), "guidance": torch.tensor([0.0, 1.0])}
+    condition = tuple(given[name] for name in conditions)
+    if graph == "one_step":
+        step = onnx_file.OneStep(denoiser, network, conditions)
+        names = ["z", "logsnr", *conditions]
+        model = _traced(step, (z, torch.zeros(2)), condition, names, ["x_hat", "eps_hat"])
+    else:
+        jump = onnx_file.Jump(denoiser, network, conditions, checkpoint.config.sampling.clip)
+        names = ["z", "here", "there", *conditions]
+        pair = (torch.zeros(1), torch.ones(1))
+        once = _traced(jump, (z, *pair), condition, names, ["z_there"])
+        end = _traced(onnx_file.Decode(), (z,), (), ["x"], ["images"])
+        model, names = onnx_file.unrolled(once, end, levels), ["noise", *conditions]
+    about = onnx_file.metadata(checkpoint, graph, levels, arguments.precision)
+    if arguments.precision == "fp16":
+        onnx_file.halve(model)
+    elif arguments.precision == "int8":
+        model = _quantised(model)
+    for key, text in about.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, text
+    content = model.SerializeToString()
+    with atomic_write(output) as file:
+        file.write(content)
+    onnx_file.read_onnx(output)
+    what = "one step" if graph == "one_step" else f"{len(levels) - 1} steps in one graph"
+    say(f"written: {output}: {what}, {len(content) / 1e6:.1f} MB, inputs {', '.join(names)}")
+
+
+def _require_unrollable(path: Path, sampler: str | None, steps: int) -> None:
+    if sampler not in (None, "ddim") and steps > 1:
+        raise InputError(f"{path}: its sampler {sampler} draws noise at each step; give --one_step")
+    if steps > MOST_STEPS:
+        raise InputError(
+            f"{path}: {steps} steps; at most {MOST_STEPS} go into one graph; give --steps (of a "
+            "base model) or --one_step"
+        )
+
+
+def _traced(module: Any, inputs: Any, condition: Any, names: list[str], outputs: list[str]) -> Any:
+    """Returns the module as an onnx model of a batch of any size.
+
+    inputs, condition: examples of two images; those of one number are of levels for all images.
+    """
+    import torch
+
+    from tools.onnx_file import OPSET
+
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        needed = "onnx onnxscript onnxruntime"
+        raise InputError(f"--output: ONNX needs packages: pip install {needed}") from None
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    shapes: list[Any] = [{0: batch} if len(value) == 2 else {} for value in inputs]
+    if condition:  # *condition is one argument
+        shapes.append(tuple({0: batch} for _ in condition))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            (*inputs, *condition),
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=tuple(shapes),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:  # where in the source it came from
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    del model.graph.value_info[:]
+    return model
+
+
+def _quantised(model: Any) -> Any:
+    """Returns the model with weights in int8, by onnxruntime's own dynamic quantisation."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
+        onnx.save(model, before)
+        quantize_dynamic(before, after, weight_type=QuantType.QUInt8)
+        return onnx.load(after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

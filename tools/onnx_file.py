@@ -1,0 +1,193 @@
+"""ONNX files of this project: their graphs, their metadata, and reading them back."""
+
+import copy
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.gaussian import Denoiser, clipped, conditioned, ddim_step
+from pipeline.checkpoint import Checkpoint, digest
+from pipeline.codec import decode
+from utils.command import InputError
+from utils.files import require_regular_file
+
+FORMAT = "progressive-distillation onnx"
+FORMAT_VERSION = 1
+OPSET = 18
+LARGEST = 2**31  # bytes of a file
+
+
+class OneStep(nn.Module):
+    """(z, logsnr, *condition) -> x_hat, eps_hat, not clipped. conditions: names of the inputs."""
+
+    def __init__(self, denoiser: Denoiser, network: nn.Module, conditions: list[str]) -> None:
+        super().__init__()
+        self.denoiser, self.network, self.conditions = denoiser, network, conditions
+
+    def forward(self, z: Tensor, logsnr: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what the network believes of z."""
+        named = dict(zip(self.conditions, condition, strict=True))
+        prediction = self.denoiser(z, logsnr, **named)
+        return prediction.x, prediction.eps
+
+
+class Jump(nn.Module):
+    """(z, here, there, *condition) -> z at the level there: one DDIM step. here, there: (1,)."""
+
+    def __init__(
+        self, denoiser: Denoiser, network: nn.Module, conditions: list[str], clip: bool
+    ) -> None:
+        super().__init__()
+        self.denoiser, self.network, self.conditions = denoiser, network, conditions
+        self.clip = clip
+
+    def forward(self, z: Tensor, here: Tensor, there: Tensor, *condition: Tensor) -> Tensor:
+        """Returns where the step leads to."""
+        denoise = conditioned(self.denoiser, **dict(zip(self.conditions, condition, strict=True)))
+        denoise = clipped(denoise) if self.clip else denoise
+        here, there = (level.expand(z.shape[0]) for level in (here, there))
+        return ddim_step(denoise(z, here), there)
+
+
+class Decode(nn.Module):
+    """x -> uint8 images."""
+
+    conditions: tuple[str, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the images."""
+        return decode(x)
+
+
+def unrolled(jump: Any, end: Any, levels: Tensor) -> Any:
+    """Returns the onnx model of all steps: copies of jump, with one set of weights, and end.
+
+    jump: the model of a Jump, whose inputs are z, here, there and the conditions; end: of Decode.
+    levels: the grid.
+    """
+    from onnx import helper, numpy_helper
+
+    graph = jump.graph
+    weights = {tensor.name: tensor for tensor in (*graph.initializer, *end.graph.initializer)}
+    z, here, there, *conditions = list(graph.input)
+    shared = {*weights, *(value.name for value in conditions), ""}
+    nodes, latest = [], "noise"
+
+    def add(part: Any, prefix: str, given: dict[str, str]) -> str:
+        """Adds a copy of the part's nodes. given: what its inputs are called here."""
+        for original in part.node:
+            node = copy.deepcopy(original)
+            nodes.append(node)
+            node.name = f"{prefix}{node.name}"
+            for names in (node.input, node.output):
+                renamed = [given.get(n, n if n in shared else f"{prefix}{n}") for n in names]
+                del names[:]
+                names.extend(renamed)
+        return f"{prefix}{part.output[0].name}"
+
+    for n, pair in enumerate(pairwise(levels.float())):
+        given = {z.name: latest}
+        for value, level in zip((here, there), pair, strict=True):
+            name = f"level {n} {value.name}"
+            weights[name] = numpy_helper.from_array(level[None].numpy(), name)
+            given[value.name] = name
+        latest = add(graph, f"step {n} ", given)
+    images = add(end.graph, "end ", {end.graph.input[0].name: latest})
+    noise, made = copy.deepcopy(z), copy.deepcopy(end.graph.output[0])
+    noise.name, made.name = "noise", images
+    whole = helper.make_graph(
+        nodes, "sampler", [noise, *conditions], [made], list(weights.values())
+    )
+    return helper.make_model(
+        whole, opset_imports=jump.opset_import, ir_version=jump.ir_version, functions=jump.functions
+    )
+
+
+def conditions_of(checkpoint: Checkpoint) -> list[str]:
+    """Returns the names of the inputs beside image and noise level."""
+    model = checkpoint.config.model
+    named = {"label": model.num_classes is not None, "guidance": model.guidance}
+    return [name for name, wanted in named.items() if wanted]
+
+
+def metadata(checkpoint: Checkpoint, graph: str, levels: Tensor, precision: str) -> dict[str, str]:
+    """Returns what a file says of itself, as texts. levels: all but the last one, +inf."""
+    values = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "graph": graph,
+        "precision": precision,
+        "name": checkpoint.name,
+        "grid": levels[:-1].tolist(),
+        "config": checkpoint.config.model_dump(mode="json"),
+        "weights": digest(checkpoint.weights),
+    }
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def halve(model: Any) -> None:
+    """Stores the weights of an onnx model in float16; the graph casts them back to float32."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph, casts = model.graph, []
+    for tensor in list(graph.initializer):
+        values = numpy_helper.to_array(tensor)
+        if tensor.data_type != TensorProto.FLOAT or values.size < 256:
+            continue
+        name = tensor.name
+        half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
+        graph.initializer.remove(tensor)
+        graph.initializer.append(half)
+        casts.append(helper.make_node("Cast", [half.name], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+class OnnxModel(NamedTuple):
+    """A file of this project, to be run. about: its metadata."""
+
+    session: Any
+    about: dict[str, Any]
+
+    def __call__(self, **inputs: Tensor) -> list[Tensor]:
+        """Returns the outputs for these inputs, by name."""
+        given = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return [torch.from_numpy(output) for output in self.session.run(None, given)]
+
+
+def read_onnx(path: Path, threads: int = 1) -> OnnxModel:
+    """Opens a file with onnxruntime. Raises InputError if it is damaged or not of this project."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError("onnxruntime: not installed; pip install onnx onnxruntime") from None
+    try:
+        require_regular_file(path)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    if size > LARGEST:
+        raise InputError(f"{path}: {size:,} bytes; at most {LARGEST:,} are read")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    try:
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # of its own kinds, which share no base class
+        reason = str(error).splitlines()[0][:100]
+        raise InputError(f"{path}: not a readable ONNX model ({reason})") from None
+    texts = session.get_modelmeta().custom_metadata_map
+    try:
+        about = {key: json.loads(text) for key, text in texts.items()}
+    except ValueError:
+        about = {}
+    if (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise InputError(f"{path}: not written by tools/export_onnx.py, so its inputs are unknown")
+    return OnnxModel(session, about)
