@@ -146,18 +146,19 @@ class Bench:
             if not alone:
                 return
             folder = self.output / name
+            trained = self.train(folder, changes)
             if self.result(name) is None:
-                result = {"measure": self.measure(), "rows": self.rows(folder, changes)}
+                result = {"measure": self.measure(), "rows": self.rows(folder, trained)}
                 write_text(folder / "result.json", json.dumps(result) + "\n")
 
-    def rows(self, folder: Path, changes: list[str]) -> Rows:
-        """Trains a variant and what it teaches, and measures all; no rows if it diverged."""
-        trained = self.train(folder, changes)
+    def rows(self, folder: Path, trained: list[Trained]) -> Rows:
+        """Measures what was trained; trains and measures the students of it too, if asked for."""
         rows = [row for one in trained for row in self.measurer.rows(one)]
         if trained and self.sweep.students is not None:
             sweep, teacher = self.sweep.students, trained[-1].path
             taught = Bench(sweep, teacher, self.seconds, self.count, self.output)
-            rows += taught.rows(folder / "students", [])
+            folder = folder / "students"
+            rows += taught.rows(folder, taught.train(folder, []))
         return rows
 
     def train(self, folder: Path, changes: list[str]) -> list[Trained]:

@@ -6,7 +6,7 @@ is therefore known far better than either distance.
 
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,17 +35,21 @@ class Compared(NamedTuple):
 
 def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     """Returns |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017)."""
-    statistics_of = [fid_features_to_statistics(x.double()) for x in (a, b)]
-    distance = fid_statistics_to_metric(*statistics_of, False)["frechet_inception_distance"]
+    return _distance(a, fid_features_to_statistics(b.double()))
+
+
+def _distance(samples: Tensor, real: dict[str, Any]) -> float:
+    """The distance from real images of which only mean and covariance are known."""
+    own = fid_features_to_statistics(samples.double())
+    distance = fid_statistics_to_metric(own, real, False)["frechet_inception_distance"]
     return max(0.0, float(distance))  # rounding can make it negative
 
 
 def distances_without(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> list[float]:
     """Returns the Frechet distances without each of ten equal sets of the samples."""
     sets = samples[: len(samples) - len(samples) % SETS].chunk(SETS)
-    return [
-        frechet_distance(torch.cat([*sets[:n], *sets[n + 1 :]]), real) for n in range(len(sets))
-    ]
+    known = fid_features_to_statistics(real.double())
+    return [_distance(torch.cat([*sets[:n], *sets[n + 1 :]]), known) for n in range(len(sets))]
 
 
 def compare_distances(
@@ -80,9 +84,10 @@ def limit_distance(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) ->
     if count < PARTS * SAMPLES_PER_FEATURE * features:
         return None
     inverse, distances = [], []
+    known = fid_features_to_statistics(real.double())
     for parts in range(1, PARTS + 1):
         size = count // parts
         sets = samples[: size * parts].split(size)
         inverse.append(1.0 / size)
-        distances.append(statistics.fmean(frechet_distance(part, real) for part in sets))
+        distances.append(statistics.fmean(_distance(part, known) for part in sets))
     return statistics.linear_regression(inverse, distances).intercept

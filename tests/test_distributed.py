@@ -248,5 +248,5 @@ def test_two_processes_share_an_evaluation(runs, tmp_path):
     said = launch(2, "evaluate.py", *checkpoint, "--count", 500, "--output", tmp_path)
     assert said.count("written:") == 1
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["kind"] for row in rows] == ["floor", "base"]
+    assert [row["kind"] for row in rows] == ["floor", "images", "base"]
     assert len(list(tmp_path.glob("images/*/*.safetensors"))) == 500 // CHUNK

@@ -73,6 +73,7 @@ def export(arguments: argparse.Namespace) -> None:
         onnx_file.halve(model)
     elif arguments.precision == "int8":
         model = _quantised(model)
+    del model.metadata_props[:]
     for key, text in about.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, text
