@@ -166,7 +166,9 @@ METHODS = Sweep(
         "consistency": distillation(ladder=[64, 1], method="consistency", ema_decay=0.999),
         "half_width": [
             *distillation(ladder=[64, 64, 32, 16, 8, 4, 2, 1], student=HALF_WIDTH),
-            *distillation(updates_per_stage=[4, 1, 1, 3, 4, 3, 2]),
+            # Most weights begin afresh: the match stage is a training of its own.
+            *distillation(updates_per_stage=[20, 1, 1, 3, 4, 3, 2]),
+            *distillation(learning_rate=[0.002, *[0.0002] * 6]),
         ],
         "straight_1": distillation(ladder=[64, 1]),
         "straight_4": distillation(ladder=[64, 4]),
