@@ -38,7 +38,8 @@ NETWORKS = {
 def _name(section: Any) -> Any:
     """The network's name in a section: a UNet where none is given, as in older configs."""
     if isinstance(section, dict):
-        return section.get("name", "unet")
+        name = section.get("name", "unet")
+        return name if isinstance(name, str) else repr(name)
     return getattr(section, "name", None)
 
 

@@ -92,7 +92,8 @@ CODEC_SECTIONS: dict[str, type[Section]] = {
 def _name(section: Any) -> Any:
     """The codec's name in a section: pixels where none is given."""
     if isinstance(section, dict):
-        return section.get("name", "pixels")
+        name = section.get("name", "pixels")
+        return name if isinstance(name, str) else repr(name)
     return getattr(section, "name", None)
 
 

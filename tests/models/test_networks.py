@@ -188,6 +188,8 @@ def test_a_patch_goes_back_to_its_place():
         ({"channels": 10, "attention_heads": 1}, "model.channels: 10 is not divisible by 4"),
         ({"attention_heads": 3}, "model.attention_heads: 3 does not divide"),
         ({"name": "vit"}, "model.name: 'vit' is not one of unet, dit"),
+        ({"name": None}, "model.name: 'None' is not one of unet, dit"),
+        ({"name": ["dit"]}, "model.name: .* is not one of unet, dit"),
         ({"dept": 3}, "model.dept: unknown key; did you mean depth"),
         ({"depth": 0}, "model.depth: input should be greater than or equal to 1"),
         ({"resample": "conv"}, "model.resample: unknown key"),
