@@ -301,15 +301,14 @@ class Torture:
             self.compare(name)
 
     def run(self, kills: int) -> None:
-        """So many kills: half at each moment by its name, twice as many in saves, half anywhere."""
+        """So many kills: half at moments by their names, two of three in saves, half anywhere."""
         named = [(name, moment) for name in self.commands for moment in self.moments[name]]
         self.rng.shuffle(named)
         saves = [pair for pair in named if inside_a_save(pair[1])]
         others = [pair for pair in named if pair not in saves]
-        first = [
-            pair for n, pair in enumerate(others) for pair in (*saves[2 * n : 2 * n + 2], pair)
-        ]
-        plan = list(itertools.islice(itertools.chain(first, itertools.cycle(saves)), kills // 2))
+        in_saves = itertools.cycle(saves)
+        mixed = ((next(in_saves), next(in_saves), pair) for pair in itertools.cycle(others))
+        plan = list(itertools.islice(itertools.chain.from_iterable(mixed), kills // 2))
         anywhere = [(("train", "distill")[n % 2], "") for n in range(kills - len(plan))]
         own = max(2, len(anywhere) // 10)
         work = [(*pair, False) for pair in plan]
