@@ -6,16 +6,16 @@ as arguments, an entry in NETWORKS and in NetworkSection.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import Discriminator, Tag
+from pydantic import Tag
 from torch import nn
 
 from models.diffusers_unet import DiffusersUNet, DiffusersUNetSection
 from models.dit import DiT, DiTSection
 from models.unet import UNet
 from models.unet_section import UNetSection
-from utils.values import Section
+from utils.values import Section, by_name
 
 
 class Network(NamedTuple):
@@ -35,17 +35,9 @@ NETWORKS = {
 }
 
 
-def _name(section: Any) -> Any:
-    """The network's name in a section: a UNet where none is given, as in older configs."""
-    if isinstance(section, dict):
-        name = section.get("name", "unet")
-        return name if isinstance(name, str) else repr(name)
-    return getattr(section, "name", None)
-
-
 NetworkSection = Annotated[
     Annotated[UNetSection, Tag("unet")]
     | Annotated[DiTSection, Tag("dit")]
     | Annotated[DiffusersUNetSection, Tag("diffusers_unet")],
-    Discriminator(_name),
+    by_name("unet"),
 ]

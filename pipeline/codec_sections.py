@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from models.autoencoder import AutoencoderSizes
 from pipeline.values import PathName
-from utils.values import Counts, Section
+from utils.values import Counts, Section, by_name
 
 NOT_CLIPPED = "latents have no fixed range that they could be clipped to; leave it off"
 Shape = tuple[int, int, int]
@@ -89,17 +89,9 @@ CODEC_SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def _name(section: Any) -> Any:
-    """The codec's name in a section: pixels where none is given."""
-    if isinstance(section, dict):
-        name = section.get("name", "pixels")
-        return name if isinstance(name, str) else repr(name)
-    return getattr(section, "name", None)
-
-
 CodecSection = Annotated[
     Annotated[PixelsSection, Tag("pixels")] | Annotated[AutoencoderSection, Tag("autoencoder")],
-    Discriminator(_name),
+    by_name("pixels"),
 ]
 
 

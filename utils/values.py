@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
 
 
 class Section(BaseModel):
@@ -23,3 +23,15 @@ Count = Annotated[int, Field(ge=1, le=2**31)]
 Counts = Annotated[ListOf[Annotated[int, Field(ge=1, le=2**20)]], Field(max_length=64)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+
+
+def by_name(default: str) -> Discriminator:
+    """Returns what chooses among sections by their key name. default: where none is given."""
+
+    def name(section: Any) -> Any:
+        if not isinstance(section, dict):
+            return getattr(section, "name", None)
+        given = section.get("name", default)
+        return given if isinstance(given, str) else repr(given)
+
+    return Discriminator(name)
