@@ -70,6 +70,11 @@ def with_codec(config: Config, where: object) -> Config:
         sizes, weights = read_folder(path)
         stored["digest"] = digest(weights)  # until it has a scale
     else:
+        if not path.exists():
+            raise InputError(
+                f"{path}: codec.file: no such file; train an autoencoder first (python -m "
+                "tools.train_autoencoder --config_path configs/mnist_autoencoder.yaml)"
+            )
         autoencoder = read_autoencoder(path)
         require_same_autoencoder(section, path, autoencoder.digest)
         sizes, stored["digest"] = autoencoder.sizes, autoencoder.digest

@@ -1,6 +1,8 @@
 """Shapes are checked at run time in the tests, before anything of ours is imported."""
 
 import os
+from functools import cache
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -10,12 +12,31 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from pipeline import data  # noqa: E402
+
+MNIST = Path(__file__).parents[1] / "data" / "mnist"
+
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 torch.set_num_threads(1)  # tiny networks; the cores are for several tests at a time
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mnist_is_read_once():
+    """Reading and checking the repository's MNIST takes a third of a second."""
+    read = data._read_idx
+    cached = cache(read)
+
+    def read_once(folder, name, header):
+        here = Path(folder).resolve() == MNIST
+        return (cached if here else read)(folder, name, header)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_read_idx", read_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

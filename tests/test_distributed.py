@@ -16,6 +16,7 @@ import yaml
 
 from evaluation.gallery import CHUNK
 from pipeline.checkpoint import digest, load_checkpoint
+from tests.processes import fewer_real_images, run_together
 from tests.toys import tiny
 from utils.processes import join_world
 
@@ -71,10 +72,9 @@ def runs(tmp_path_factory):
     said = {}
     for processes in (1, 2):
         base, ladder = folder / f"base-{processes}", folder / f"ladder-{processes}"
-        train = ("train.py", "--config_path", config, "--output", base)
-        distill = ("distill.py", "--teacher_model_checkpoint", base / "diffusion-4.pt")
-        for command in (train, (*distill, "--output", ladder)):
-            said[processes] = launch(processes, *command)
+        launch(processes, "train.py", "--config_path", config, "--output", base)
+        distill = ("--teacher_model_checkpoint", base / "diffusion-4.pt", "--output", ladder)
+        said[processes] = run_together(processes, "distill", *distill)
     return folder, said
 
 
@@ -113,9 +113,9 @@ def test_only_the_first_process_speaks_and_writes(runs):
 def test_two_processes_share_the_images(runs, tmp_path):
     folder, _ = runs
     for processes in (1, 2):
-        sample = ("sample.py", "--checkpoint", folder / "base-1" / "diffusion-4.pt", "--steps", 2)
+        checkpoint = ("--checkpoint", folder / "base-1" / "diffusion-4.pt", "--steps", 2)
         images = ("--count", 7, "--batch_size", 2, "--output", tmp_path / f"{processes}.npz")
-        launch(processes, *sample, *images)
+        run_together(processes, "sample", *checkpoint, *images)
     one, two = (np.load(tmp_path / f"{n}.npz")["arr_0"].astype(int) for n in (1, 2))
     assert one.shape == two.shape == (7, 32, 32, 1)
     assert np.abs(one - two).max() <= 1
@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     out.mkdir()
     half = folder / "base-1" / "diffusion-2.pt"
     (out / half.name).write_bytes(half.read_bytes())
-    said = launch(2, "train.py", "--config_path", folder / "tiny.yaml", "--output", out)
+    said = run_together(2, "train", "--config_path", folder / "tiny.yaml", "--output", out)
     assert "going on from" in said
     one, two = (load_checkpoint(f / "diffusion-4.pt") for f in (folder / "base-1", out))
     for key, value in one.model.items():
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_all_processes(runs, tmp_path):
     for name in ("diffusion-2.pt", "diffusion-4.pt"):
         (out / name).write_bytes((folder / "base-2" / name).read_bytes())
     (out / "diffusion-4.pt").write_bytes(b"nothing")
-    said = launch(2, "train.py", "--config_path", folder / "tiny.yaml", "--output", out)
+    said = run_together(2, "train", "--config_path", folder / "tiny.yaml", "--output", out)
     assert "going on from" in said
     assert (out / "diffusion-4.pt.damaged").exists()
     assert same_weights(out / "diffusion-4.pt", folder / "base-2" / "diffusion-4.pt")
@@ -245,7 +245,8 @@ def test_a_gpu_is_known_by_its_index(monkeypatch, name, around, index):
 def test_two_processes_share_an_evaluation(runs, tmp_path):
     folder, _ = runs
     checkpoint = ("--checkpoint", folder / "base-1" / "diffusion-4.pt", "--steps", 1)
-    said = launch(2, "evaluate.py", *checkpoint, "--count", 500, "--output", tmp_path)
+    command = (*checkpoint, "--count", 500, "--output", tmp_path)
+    said = run_together(2, "evaluate", *command, before=fewer_real_images)
     assert said.count("written:") == 1
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == ["floor", "images", "base"]

@@ -1,9 +1,6 @@
 """Latent diffusion through the command line: an autoencoder, a base model, students, samples."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from evaluation.gallery import RealImages, real_images
 from pipeline.checkpoint import digest, load_checkpoint
 from pipeline.codec import open_codec
 from pipeline.data import open_dataset
+from tests.processes import run_together
 from tests.test_methods import Killed, Steps, refused
 from tests.test_methods import main as run
 from tests.toys import tiny
@@ -267,19 +265,11 @@ def test_two_processes_train_what_one_trains(made, tmp_path):
     folder, _ = made
     ae, latent = write_configs(tmp_path, folder / "ae" / FILE)
     for script, config, last in (
-        (["-m", "tools.train_autoencoder"], ae, WEIGHTS[0]),
-        (["train.py"], latent, WEIGHTS[1]),
+        ("tools.train_autoencoder", ae, WEIGHTS[0]),
+        ("train", latent, WEIGHTS[1]),
     ):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        output = ("--config_path", config, "--output", (tmp_path / last).parent)
-        subprocess.run(
-            [sys.executable, *map(str, (*launcher, *script, *output))],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
+        output = (tmp_path / last).parent
+        run_together(2, script, "--config_path", config, "--output", output)
         # Adam divides by the gradient's size: a weight without influence, as a bias before a norm
         # of its own channel, follows the rounding. The losses do not.
         one, two = (losses((f / last).parent / "metrics.jsonl") for f in (folder, tmp_path))

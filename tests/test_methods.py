@@ -1,9 +1,6 @@
 """Every method of distillation through the command line: run, sampled, killed and resumed."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -30,6 +27,7 @@ from pipeline.config import load_config
 from pipeline.data import open_dataset
 from pipeline.network import build_network, build_schedule, load_weights
 from pipeline.sampling import SampleRequest
+from tests.processes import run_together
 from tests.toys import tiny
 from training.stage import student_stages
 from training.stages import make_objective
@@ -578,17 +576,9 @@ def test_two_processes_distil_what_one_distils(name, ladders, teachers, tmp_path
     """As tests/test_distributed.py has it of training and halving."""
     folder, _ = ladders(name)
     config = write_config(tmp_path / "tiny.yaml", name)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distill.py")
     command = ("--config_path", config, "--teacher_model_checkpoint", teacher_of(name, teachers))
     two = tmp_path / "ladder"
-    subprocess.run(
-        [sys.executable, *map(str, (*launcher, *command, "--output", two))],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    run_together(2, "distill", *command, "--output", two)
     last = f"student-{LADDERS[name]['ladder'][-1]}.pt"
     one, other = load_checkpoint(folder / last), load_checkpoint(two / last)
     assert one.grid == other.grid

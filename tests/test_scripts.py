@@ -660,7 +660,12 @@ def test_the_tutorials_commands_word_for_word(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     small = ["model.channels=8", "model.patch_size=4", "model.attention_resolutions=[8]"]
-    small += ["model.channel_multipliers=[1,1]", "training.batch_size=2", "training.updates=1"]
+    small += [
+        "model.blocks_per_level=1",
+        "model.channel_multipliers=[1,1]",
+        "training.batch_size=2",
+        "training.updates=1",
+    ]
     config = ("--config_path", "configs/ddpm_32x32_v_continuous.yaml")
     assert run(train, *config, "--set", *small, "sampling.steps=1", "sampling.grid=4") == 0
     checkpoint = Path("output/ddpm_32x32_v_continuous/diffusion-1.pt")

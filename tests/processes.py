@@ -1,0 +1,103 @@
+"""Several processes that run a script together, as torchrun starts them, but in less time.
+
+torchrun's processes load torch and all the rest anew; these are forked from one that has.
+"""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+PRELOADED = [
+    "train",
+    "distill",
+    "sample",
+    "evaluate",
+    "tools.train_autoencoder",
+    "evaluation.comparison",
+    "evaluation.report",
+    "training.autoencoder",
+    "training.ladder",
+    "training.stages",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "matplotlib.figure",
+]
+
+
+def run_together(count, module, *arguments, before=None):
+    """Runs main(arguments) of a module in so many processes; returns what they said.
+
+    before: a function without arguments, of a module, that each of them calls first. Raises
+    AssertionError unless all end well.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    around = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(rank)) for rank in range(count)]
+        processes = [
+            context.Process(
+                target=_run,
+                args=(
+                    {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    log,
+                    module,
+                    [str(argument) for argument in arguments],
+                    before,
+                ),
+            )
+            for rank, log in enumerate(logs)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(timeout=300)
+        finally:
+            for process in processes:
+                process.kill()
+        said = "".join(log.read_text() for log in logs)
+    assert [process.exitcode for process in processes] == [0] * count, said[-3000:]
+    return said
+
+
+def fewer_real_images():
+    """The features of all 80,000 take half a minute."""
+    from evaluation import gallery
+
+    real_images = gallery.real_images
+
+    def few(config):
+        real = real_images(config)
+        return gallery.RealImages(real.reference[:1000], real.floor[:1000], real.training[:1000])
+
+    gallery.real_images = few
+
+
+def _run(around, log, module, arguments, before):
+    import torch
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(around)
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        if before is not None:
+            before()
+        code = importlib.import_module(module).main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
