@@ -63,14 +63,21 @@ def measure(arguments: argparse.Namespace) -> None:
         for name, work in bench.measures.items():
             start = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronise(device)
             if round_number >= 2:  # two rounds to warm up
                 times[name].append(time.perf_counter() - start)
     result = summarise(times, bench, arguments)
     write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(f"\nwritten: {arguments.output}")
+
+
+def synchronise(device) -> None:  # type: ignore[no-untyped-def]
+    """Waits until the device has done all that it was asked for."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Bench:
@@ -327,8 +334,7 @@ def best_layout(module, shape, device):  # type: ignore[no-untyped-def]
         for _ in range(3):
             start = time.perf_counter()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronise(device)
             taken.append(time.perf_counter() - start)
         return min(taken)
 
@@ -372,8 +378,8 @@ def summarise(times: dict[str, list[float]], bench: Bench, arguments: argparse.N
         pair = (times[top.format(steps[0])], times[bottom.format(steps[1])])
         ratios[title] = spread([a / b for a, b in zip(*pair, strict=True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    if bench.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
+    if bench.device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated(bench.device) / 2**20
     return {
         "config": str(arguments.config_path),
         "set": arguments.set,
