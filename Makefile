@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline test test-slow torture lint format mutants clean
+.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline gpu test test-slow torture lint format mutants clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -23,6 +23,7 @@ help:
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
 	@echo 'make networks     UNet, transformer and latent UNet, each with its ladder, in equal CPU time (hours)'
 	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour)'
+	@echo 'make gpu          tests and speed on a GPU (under ten minutes; DEVICE=cpu SMALL=1 tries it out)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
@@ -106,6 +107,11 @@ pipeline: $(VENV)/.installed-dev
 	$(RANKS) evaluate.py --checkpoint $(PIPELINE).safetensors output/distilled/pipeline/student-125.pt \
 		output/distilled/pipeline/student-25.pt output/distilled/pipeline/student-[15].pt --steps 125 25 5 1 \
 		--count 1000 --output output/pipeline-evaluation
+
+# On a rented machine with a GPU, in under ten minutes; as a test of itself: DEVICE=cpu SMALL=1
+DEVICE ?= cuda
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(SMALL),--small --output output/gpu-small)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

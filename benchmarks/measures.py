@@ -18,7 +18,7 @@ from diffusion.objectives import distillation_objective
 from diffusion.paths import neighbours
 from evaluation import gallery
 from evaluation.features import Extractor, Features, make_extractor
-from evaluation.quality import measure
+from evaluation.quality import ground, measure
 from pipeline.build import load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
@@ -98,6 +98,8 @@ class Measurer:
             "interval": quality.frechet_interval,
             "without": quality.without,
             "confident": quality.confident,
+            "recall": quality.recall,
+            "faint": ground(images)[0],
             "to_teacher": distance,
         }
 

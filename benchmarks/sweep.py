@@ -253,6 +253,8 @@ COLUMNS = {
     "distance to the teacher's samples": lambda r: _optional(r["to_teacher"], ".5f"),
     "loss on test images": lambda r: _optional(r["held_out"], ".6f"),
     "more than 90% sure": lambda r: _optional(r["confident"], ".3f"),
+    "recall": lambda r: _optional(r.get("recall"), ".3f"),
+    "pixels in 1 .. 30": lambda r: _optional(r.get("faint"), ".3f"),
 }
 ONLY_IF_VARIED = ("sampler", "steps", "parameters")
 

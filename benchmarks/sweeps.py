@@ -104,6 +104,28 @@ ABLATION = Sweep(
     repeated=4,
 )
 
+TEACHERS = Sweep(
+    about="outputs and loss weights of a teacher, and the noise that they leave on the ground",
+    base=SMALL,
+    common=training(learning_rate_decay="linear", times="stratified", warmup=200),
+    variants={
+        f"{output}-{weight}": [f"diffusion.prediction={output}", f"diffusion.loss_weight={weight}"]
+        for output, weight in (
+            ("v", "snr_plus_one"),
+            ("dual", "snr_capped"),
+            ("v", "snr_capped"),
+            ("x", "snr_capped"),
+            ("dual", "constant"),
+            ("x", "constant"),
+            ("both", "constant"),
+            ("v", "constant"),
+        )
+    },
+    seconds=900,
+    count=2000,
+    steps=(64,),
+)
+
 STAGES = Sweep(
     about="recipes for one stage that halves a student's steps",
     common=distillation(
@@ -218,6 +240,7 @@ NETWORKS = Sweep(
 SWEEPS = {
     "experiments": EXPERIMENTS,
     "ablation": ABLATION,
+    "teachers": TEACHERS,
     "stages": STAGES,
     "methods": METHODS,
     "networks": NETWORKS,

@@ -12,7 +12,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from utils.command import (
     add_device_argument,
@@ -58,19 +60,27 @@ def measure(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     bench = Bench(config, device, arguments.steps)
+    bench.add_layers()
     times: dict[str, list[float]] = {name: [] for name in bench.measures}
     for round_number in range(arguments.rounds + 2):
         for name, work in bench.measures.items():
             start = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronise(device)
             if round_number >= 2:  # two rounds to warm up
                 times[name].append(time.perf_counter() - start)
     result = summarise(times, bench, arguments)
     write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(f"\nwritten: {arguments.output}")
+
+
+def synchronise(device) -> None:  # type: ignore[no-untyped-def]
+    """Waits until the device has done all that it was asked for."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Bench:
@@ -88,6 +98,7 @@ class Bench:
 
         self.config, self.device, self.steps = config, device, steps
         self.batch_size = config.training.batch_size
+        self.networks: list[Any] = []
         self.schedule = build_schedule(config)
         shape = image_shape(config)
         self.pixels = torch.randint(
@@ -103,18 +114,28 @@ class Bench:
             "plain training loop": plain_update(self.network(), self.pixels, self.schedule),
             **self.sampling_measured(),
         }
-        self.gflop = {
-            name: self.gflop_of(self.measures[name])
-            for name in ("bare training", "bare distillation", f"bare forwards, {steps}")
-        }
-        self.gflop |= {
-            "forward": self.gflop_of(lambda: self._bare_forwards(1)),
-            "training update": self.gflop["bare training"],
-            "distillation update": self.gflop["bare distillation"],
-            "plain training loop": self.gflop["bare training"],
-            f"sampling, {steps} steps": self.gflop[f"bare forwards, {steps}"],
-        }
         self.fastest: dict[str, float] = {}
+
+    @cached_property
+    def gflop(self) -> dict[str, float]:
+        """See the class; counted on first use."""
+        bare = f"bare forwards, {self.steps}"
+        counted = {
+            name: self.gflop_of(self.measures[name])
+            for name in ("bare training", "bare distillation", bare)
+        }
+        return counted | {
+            "forward": self.gflop_of(lambda: self._bare_forwards(1)),
+            "training update": counted["bare training"],
+            "distillation update": counted["bare distillation"],
+            "plain training loop": counted["bare training"],
+            f"sampling, {self.steps} steps": counted[bare],
+        }
+
+    def add_layers(self) -> None:
+        """Adds the network's layers alone to the measures, and finds the fastest."""
+        import torch
+
         for name, kind in (
             ("convolutions alone", torch.nn.Conv2d),
             ("matrix products alone", torch.nn.Linear),
@@ -131,6 +152,7 @@ class Bench:
         for parameter in made.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
+        self.networks.append(made)
         return made
 
     def denoiser(self, network):  # type: ignore[no-untyped-def]
@@ -327,8 +349,7 @@ def best_layout(module, shape, device):  # type: ignore[no-untyped-def]
         for _ in range(3):
             start = time.perf_counter()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronise(device)
             taken.append(time.perf_counter() - start)
         return min(taken)
 
@@ -372,8 +393,8 @@ def summarise(times: dict[str, list[float]], bench: Bench, arguments: argparse.N
         pair = (times[top.format(steps[0])], times[bottom.format(steps[1])])
         ratios[title] = spread([a / b for a, b in zip(*pair, strict=True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    if bench.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
+    if bench.device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated(bench.device) / 2**20
     return {
         "config": str(arguments.config_path),
         "set": arguments.set,

@@ -82,6 +82,21 @@ def decode_both(
     )
 
 
+def decode_dual(
+    output: Float[Tensor, "b thrice_c h w"], z: Images, alpha: PerImage, sigma: PerImage
+) -> Prediction:
+    """The output is x_o, v_o and a gate for each value, thrice the channels (Benny & Wolf 2022).
+
+    x_hat = g x_o + (1 - g) (alpha z - sigma v_o) with g = sigmoid(gate); eps_hat alike. Where an
+    image is constant x_o is easy to predict, because it does not depend on z; v_o is where z has
+    little noise. (The paper interpolates x and eps; v has no division at t = 1.)
+    """
+    x, v, gate = output.chunk(3, dim=1)
+    g = torch.sigmoid(gate)
+    by_x, by_v = decode_x(x, z, alpha, sigma), decode_v(v, z, alpha, sigma)
+    return Prediction(*(g * a + (1 - g) * b for a, b in zip(by_x, by_v, strict=True)))
+
+
 class OutputType(NamedTuple):
     """How to read a network's output, and how many channels it has for each of the image's."""
 
@@ -94,6 +109,7 @@ OUTPUT_TYPES = {
     "eps": OutputType(decode_eps, 1),
     "v": OutputType(decode_v, 1),
     "both": OutputType(decode_both, 2),
+    "dual": OutputType(decode_dual, 3),
 }
 
 

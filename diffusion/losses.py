@@ -57,11 +57,24 @@ def snr_plus_one(example: Example) -> Float[Tensor, "b"]:
     return mean_square(v_hat - v)
 
 
+CAP = 25.0  # of the weight; 1 / sigma^2 reaches it at sigma = 0.2
+
+
+def snr_capped(example: Example) -> Float[Tensor, "b"]:
+    """min(1 + SNR, CAP) mse_x = mse_v, but with a bounded weight where there is little noise.
+
+    As Hang et al. 2023 bound the SNR ("Min-SNR"). The 1 keeps a weight at t = 1.
+    """
+    weight = (1 + example.logsnr.exp()).clamp(max=CAP)
+    return weight.to(example.x.dtype) * constant(example)
+
+
 SQUARED_ERRORS: dict[str, Loss] = {
     "constant": constant,
     "snr": snr,
     "snr_trunc": snr_trunc,
     "snr_plus_one": snr_plus_one,
+    "snr_capped": snr_capped,
 }
 
 

@@ -11,7 +11,7 @@ from diffusion.distillation import distillation_loss
 from diffusion.gaussian import Denoise, Prediction, conditioned, diffuse
 from diffusion.losses import Example, Loss
 from diffusion.paths import Paths
-from diffusion.schedule import Schedule
+from diffusion.schedule import Schedule, level_dtype, levels_at
 
 Tensors = dict[str, Tensor]
 
@@ -61,7 +61,7 @@ def denoising_objective(
 
     def draw(rng: torch.Generator, shape: torch.Size) -> Tensors:
         eps = torch.randn(shape, generator=rng, device=rng.device)
-        t = torch.rand(shape[0], generator=rng, device=rng.device, dtype=torch.float64)
+        t = torch.rand(shape[0], generator=rng, device=rng.device, dtype=level_dtype(rng.device))
         if stratified:
             t = (t + torch.arange(shape[0], device=rng.device)) / shape[0]
         if not label_dropout:
@@ -73,7 +73,7 @@ def denoising_objective(
         if "label" in condition and "dropped" in drawn:
             label = condition["label"].masked_fill(drawn["dropped"], -1)
             condition = {**condition, "label": label}
-        logsnr = schedule(drawn["t"])
+        logsnr = levels_at(schedule, drawn["t"])
         denoise = conditioned(denoiser, **condition)
         return denoising_loss(denoise, x, drawn["eps"], logsnr, loss), logsnr
 
@@ -99,7 +99,7 @@ def distillation_objective(
 
     def draw(rng: torch.Generator, shape: torch.Size) -> Tensors:
         eps = torch.randn(shape, generator=rng, device=rng.device)
-        u = torch.rand(shape[0], generator=rng, device=rng.device, dtype=torch.float64)
+        u = torch.rand(shape[0], generator=rng, device=rng.device, dtype=level_dtype(rng.device))
         i = (num_transitions * u ** (1 / time_exponent)).long()
         drawn = {"eps": eps, "i": i.clamp(max=num_transitions - 1)}  # a power may round to 1
         if guidance is not None:

@@ -39,6 +39,29 @@ def make_schedule(name: str, logsnr_min: float, logsnr_max: float) -> Schedule:
     return partial(SCHEDULES[name], logsnr_min=logsnr_min, logsnr_max=logsnr_max)
 
 
+NO_FLOAT64 = ("mps",)  # types of devices
+
+
+def level_dtype(device: torch.device) -> torch.dtype:
+    """The precision of noise levels on a device: float64, or float32 where there is no other."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
+
+
+def on_device(levels: Tensor, device: torch.device) -> Tensor:
+    """Noise levels, of any shape, on the device and in its precision."""
+    return levels.to(level_dtype(device)).to(device)
+
+
+def levels_at(schedule: Schedule, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+    """The schedule's noise levels at times on a device.
+
+    Computed in float64, on the CPU if the device has none: see cosine_logsnr.
+    """
+    if level_dtype(t.device) == torch.float64:
+        return schedule(t)
+    return on_device(schedule(t.cpu().double()), t.device)
+
+
 def alpha_sigma(
     logsnr: Float[Tensor, "b"], images: Float[Tensor, "b ..."]
 ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:

@@ -121,7 +121,7 @@ class Block(nn.Module):
 class DiT(Conditioned):
     """(z, logsnr, label, guidance) -> output: the Diffusion Transformer of Peebles & Xie 2023.
 
-    image_size, image_channels: of z; output_channels: twice the image's for output type both. The
+    image_size, image_channels: of z; output_channels: the image's or a multiple (OUTPUT_TYPES). The
     sizes are those of DiTSection. Noise level, class and guidance weight enter as in the UNet.
     """
 

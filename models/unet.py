@@ -118,7 +118,7 @@ class Parts:
 class UNet(Conditioned):
     """(z, logsnr, label, guidance) -> output: the UNet of Salimans & Ho 2022 and its JAX code.
 
-    image_size, image_channels: of z; output_channels: twice the image's for output type both.
+    image_size, image_channels: of z; output_channels: the image's or a multiple (OUTPUT_TYPES).
     channels: width of the first resolution; embedding_channels: width of the embedding, None for
     4 x channels. channel_multipliers: one for each resolution; all but the last halve height and
     width. attention_resolutions: the heights, after patch folding, at which every residual block

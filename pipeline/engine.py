@@ -18,11 +18,11 @@ def allow_tf32(engine: EngineConfig) -> None:
 
 
 def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
-    """Returns how to run a checkpoint for sampling: on a GPU as its own config says.
+    """Returns how to run a checkpoint for sampling: on an accelerator as its own config says.
 
     On a CPU eagerly and in float32, since half precision and compilation gain nothing there.
     """
-    if device.type == "cuda":
+    if device.type != "cpu":
         return engine
     return engine.model_copy(update={"precision": "fp32", "compile": False})
 

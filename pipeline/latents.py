@@ -37,7 +37,7 @@ def latent_scale(
     """
     order = torch.randperm(dataset.num_images, generator=generator("cpu", "latents"))[:MEASURED]
     parts = [
-        network.moments(encode(images.to(device)))[0].double()
+        network.moments(encode(images.to(device)))[0].cpu().double()
         for images, _ in dataset.batches(order.split(BATCH))
     ]
     std, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3), correction=0)

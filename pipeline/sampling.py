@@ -10,6 +10,7 @@ from torch import Tensor
 from diffusion.gaussian import Denoise, Denoiser, Prediction, clipped, conditioned, guided
 from diffusion.grids import Grid
 from diffusion.samplers import OnStep, make_sampler
+from diffusion.schedule import on_device
 from pipeline.build import image_shape, pixel_shape
 from pipeline.checkpoint import Checkpoint
 from pipeline.codec import PIXELS, Codec, open_codec
@@ -130,7 +131,7 @@ class SampleRequest:
             return make_sampler(self.sampler)(
                 self.denoise(indices),
                 noise.draw(),
-                self.levels.to(device),
+                on_device(self.levels, device),
                 draw_noise=noise.draw,
                 on_step=step,
             )

@@ -8,7 +8,7 @@ import yaml
 
 import distill
 import train
-from benchmarks import cost, diffusers_pipeline, measures, steps, sweep, throughput
+from benchmarks import cost, diffusers_pipeline, gpu, measures, steps, sweep, throughput
 from benchmarks.sweeps import SWEEPS
 from diffusion.grids import uniform_grid
 from evaluation.gallery import RealImages, real_images
@@ -274,3 +274,52 @@ def test_the_error_of_each_step_is_told(few_real_images, tmp_path, capsys):
         grid = uniform_grid(build_schedule(teacher.config), num_steps)
         save_checkpoint(copied, replace(teacher, grid=tuple(grid.tolist())))
         assert steps.main([*given, str(copied), "--count", "8"]) == code
+
+
+# --- make gpu -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_all_that_a_gpu_is_asked_for_runs_on_a_cpu(tmp_path, capsys, monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(gpu, "COMPILED", ())
+    assert gpu.main(["--device", "cpu", "--small", "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["tests"]["failed"] == 0
+    assert result["tests"]["passed"] >= 8
+    assert result["resume"] == {"largest_difference": 0.0, "continued": True}, "on a CPU to the bit"
+    assert not result["left_out"]
+    assert {row["config"] for row in result["speed"]} == set(gpu.CONFIGS)
+    ways = {row["way"] for row in result["speed"]}
+    eager = {"tf32", "bf16", "fp32", "fp16", "bf16, channels first"}
+    assert ways == (eager | {"bf16, compiled"} if compiled else eager)
+    for row in result["speed"]:
+        assert min(row[kind] for kind in ("training", "distillation", "sampling")) > 0, row
+    assert result["tutorial"]["last_loss"] > 0
+    text = (tmp_path / "gpu.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.count("\n| ") == 1 + len(result["speed"])
+
+
+def test_what_the_time_does_not_suffice_for_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "device_tests", lambda *_: {"passed": 1, "failed": 0})
+    resumed = {"largest_difference": 0.0, "continued": True}
+    monkeypatch.setattr(gpu, "resume_test", lambda *_: resumed)
+    trained = dict.fromkeys(("updates", "seconds", "first_loss", "last_loss"), 1.0)
+    monkeypatch.setattr(gpu, "short_training", lambda *_: {**trained, "images_per_second": 1.0})
+    monkeypatch.setattr(gpu, "arithmetic", lambda *_: {})
+    monkeypatch.setattr("time.monotonic", iter(range(0, 10**6, 100)).__next__)
+    assert gpu.main(["--device", "cpu", "--minutes", "1", "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert not result["speed"]
+    assert len(result["left_out"]) == 21
+    assert "Not measured, for lack of time: mnist_small, tf32;" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_share_of_a_known_gpus_peak(monkeypatch):
+    monkeypatch.setattr(gpu, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert gpu.peaks_of(torch.device("cpu"))["bf16"] == 989.0
+    row = {"config": "x", "batch_size": 2, "way": "bf16", "training": 1000.0}
+    shown = gpu.table([{**row, "training_utilisation": 0.25}, {**row, "problem": "out of memory"}])
+    assert "| 1,000 (25%) |" in shown
+    assert "| out of memory |" in shown

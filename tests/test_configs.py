@@ -42,11 +42,13 @@ KEYS = {
     "model.resample": mostly("block", "conv", "plain", "pool"),
     "model.patch_size": mostly(1, 2, 4),
     "model.num_classes": mostly(None, 2, 3),
-    "diffusion.prediction": mostly("x", "eps", "v", "both", "V"),
+    "diffusion.prediction": mostly("x", "eps", "v", "both", "dual", "V"),
     "diffusion.schedule": mostly("cosine", "linear"),
     "diffusion.logsnr_min": mostly(-20.0, -1.0, 3.0, -20.5),
     "diffusion.logsnr_max": mostly(20.0, 5, -3.0, 20.5),
-    "diffusion.loss_weight": mostly("constant", "snr", "snr_trunc", "snr_plus_one", "snr+1"),
+    "diffusion.loss_weight": mostly(
+        "constant", "snr", "snr_trunc", "snr_plus_one", "snr_capped", "snr+1"
+    ),
     "training.updates": mostly(1, 2),
     "training.batch_size": mostly(1, 2, 5),
     "training.accumulate": mostly(1, 2),

@@ -18,6 +18,7 @@ from evaluation.gallery import CHUNK
 from pipeline.checkpoint import digest, load_checkpoint
 from tests.processes import fewer_real_images, run_together
 from tests.toys import tiny
+from utils.command import InputError
 from utils.processes import join_world
 
 ROOT = Path(__file__).parents[1]
@@ -215,31 +216,58 @@ SECOND_OF_TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_POR
 
 
 @pytest.mark.parametrize(
-    ("name", "around", "index"),
+    ("kind", "name", "around", "index"),
     [
-        (None, {}, 0),
-        ("cuda", {}, 0),
-        ("cuda:1", {}, 1),
-        (None, {**SECOND_OF_TWO, "LOCAL_RANK": "1"}, 1),
+        ("cuda", None, {}, 0),
+        ("cuda", "cuda", {}, 0),
+        ("cuda", "cuda:1", {}, 1),
+        ("cuda", None, {**SECOND_OF_TWO, "LOCAL_RANK": "1"}, 1),
+        ("xpu", None, {**SECOND_OF_TWO, "LOCAL_RANK": "1"}, 1),
+        ("mps", None, {}, 0),
     ],
 )
-def test_a_gpu_is_known_by_its_index(monkeypatch, name, around, index):
-    """torch.cuda.set_device and DistributedDataParallel refuse a GPU without one."""
+def test_a_gpu_is_known_by_its_index(monkeypatch, kind, name, around, index):
+    """set_device_index and DistributedDataParallel refuse a GPU without one."""
     for key, value in around.items():
         monkeypatch.setenv(key, value)
     taken = []
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr("torch.cuda.set_device", taken.append)
-    monkeypatch.setattr("torch.empty", lambda size, device: None)
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: None)
+    backends = []
+    pretend_accelerator(monkeypatch, kind)
+    monkeypatch.setattr("torch.accelerator.set_device_index", taken.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", backends.append)
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     with join_world(name) as world:
-        assert world.device == torch.device("cuda", index)
+        assert world.device == torch.device(kind, index)
         assert world.device.index == index
-    assert taken == [world.device]
+    assert taken == [index]
+    assert backends == ([{"cuda": "nccl", "xpu": "xccl"}[kind]] if around else [])
+
+
+def pretend_accelerator(monkeypatch, kind):
+    monkeypatch.setattr(
+        "torch.accelerator.current_accelerator", lambda check_available: torch.device(kind)
+    )
+    monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 0)
+    monkeypatch.setattr("torch.accelerator.set_device_index", lambda index: None)
+    monkeypatch.setattr("torch.empty", lambda size, device: None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "around", "hint"),
+    [
+        ("mps", None, SECOND_OF_TWO, "--device mps: several processes cannot work on it"),
+        ("mps", "cuda", {}, "--device cuda: not a device of this machine; take cpu or mps"),
+        ("cuda", "meta", {}, "--device meta: not a device of this machine; take cpu or cuda"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused(monkeypatch, kind, name, around, hint):
+    for key, value in around.items():
+        monkeypatch.setenv(key, value)
+    pretend_accelerator(monkeypatch, kind)
+    with pytest.raises(InputError, match=hint), join_world(name):
+        pass
 
 
 def test_two_processes_share_an_evaluation(runs, tmp_path):

@@ -45,6 +45,11 @@ def student_both(z, logsnr):
     return torch.cat([student_x(z, logsnr), student_eps(z, logsnr)], dim=1)
 
 
+def student_dual(z, logsnr):
+    gate = torch.sin(3 * z) - 0.1 * level(logsnr, z)
+    return torch.cat([student_x(z, logsnr), student_v(z, logsnr), gate], dim=1)
+
+
 def teacher_v(z, logsnr):
     return 0.4 * torch.tanh(0.6 * z - 0.08 * level(logsnr, z) + 0.05)
 
@@ -58,6 +63,7 @@ STUDENTS = {
     "eps": Denoiser(student_eps, "eps"),
     "v": Denoiser(student_v, "v"),
     "both": Denoiser(student_both, "both"),
+    "dual": Denoiser(student_dual, "dual"),
 }
 TEACHERS = {"x": Denoiser(teacher_x, "x"), "v": Denoiser(teacher_v, "v")}
 
@@ -82,6 +88,7 @@ def saying(x, output_type):
             "eps": known.eps,
             "v": velocity(known, logsnr),
             "both": torch.cat(known, dim=1),
+            "dual": torch.cat([known.x, velocity(known, logsnr), torch.sin(3 * z)], dim=1),
         }[output_type]
 
     assert output_type in OUTPUT_TYPES

@@ -16,6 +16,7 @@ from diffusion.grids import (
 )
 from diffusion.losses import SQUARED_ERRORS, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
+from diffusion.schedule import on_device
 from pipeline.build import build_denoiser, load_denoiser
 from pipeline.checkpoint import Checkpoint, save_checkpoint
 from pipeline.network import BUILDERS, build_schedule, load_weights
@@ -139,8 +140,8 @@ def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:
             low, high = stage.guidance
             condition["guidance"] = torch.linspace(low, high, len(x), device=device)
         denoise = conditioned(teacher_denoiser(run, stage, teacher), **condition)
-        errors = jump_errors(denoise, x, eps, grid.to(device)).cpu()
-    errors = run.world.sum(errors.to(device)).cpu()
+        errors = jump_errors(denoise, x, eps, on_device(grid, device)).cpu()
+    errors = run.world.sum(on_device(errors, device)).cpu().double()
     if stage.num_steps == len(grid) - 1:
         return grid
     return adaptive_grid(grid, errors, stage.num_steps or 1)
@@ -173,7 +174,7 @@ def make_objective(
         )
     grid = teacher_grid(teacher, stage.teacher_steps)
     try:
-        paths = stage.method.paths(grid, start.levels()).to(device)
+        paths = on_device(stage.method.paths(grid, start.levels()), device)
     except ValueError as error:
         raise InputError(f"distillation.grid: {error}") from None
     walker = trainee.walker

@@ -160,7 +160,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --device."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ..; by default a GPU if there is one")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, mps, xpu; by default a GPU if there is one"
+    )
 
 
 Handler = Callable[[int, FrameType | None], Any]

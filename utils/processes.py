@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from utils.command import InputError, warn
 
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}  # of several processes, by device
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 
 
@@ -65,7 +66,7 @@ class World:
         """Returns the network with its gradients averaged over all processes."""
         if self.size == 1:
             return network
-        ids = [self.device.index] if self.device.type == "cuda" else None
+        ids = None if self.device.type == "cpu" else [self.device.index]
         return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
 
@@ -73,17 +74,24 @@ class World:
 def join_world(device_name: str | None) -> Iterator[World]:
     """Yields this process's World on the device, connected to the others that torchrun started.
 
-    GPUs use NCCL, CPUs gloo. Raises InputError for a missing device, or if connecting fails.
+    BACKENDS says what they talk through. Raises InputError for a missing device, or one that
+    several processes cannot share, or if connecting fails.
     """
     launched = was_launched()
-    if launched and device_name in (None, "cuda") and torch.cuda.is_available():
-        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if launched and accelerator is not None and device_name in (None, accelerator.type):
+        device_name = f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
     device = choose_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     if not launched:
         yield World(device)
         return
+    if device.type not in BACKENDS:
+        raise InputError(
+            f"--device {device.type}: several processes cannot work on it; start one, or give "
+            "--device cpu"
+        )
     may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         warn(
@@ -92,7 +100,7 @@ def join_world(device_name: str | None) -> Iterator[World]:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
     try:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group(BACKENDS[device.type])
     except (ValueError, distributed.DistError) as error:
         raise InputError(f"the processes cannot connect: {str(error).splitlines()[0]}") from None
     try:
@@ -122,18 +130,23 @@ def was_launched() -> bool:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Returns the device, with a GPU's index. None: a GPU if there is one, else the CPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """Returns the device, with its index unless it is the CPU.
+
+    None: the accelerator that torch finds (a GPU: cuda, xpu, mps), else the CPU. Raises InputError
+    for a device that this machine does not have.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    name = known[-1] if name is None else name
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in known:
             raise ValueError(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError):
         raise InputError(
-            f"--device {name}: not a device of this machine; take cpu, cuda or cuda:N"
+            f"--device {name}: not a device of this machine; take {' or '.join(known)}"
         ) from None
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cpu" and device.index is None:
+        return torch.device(device.type, torch.accelerator.current_device_index())
     return device

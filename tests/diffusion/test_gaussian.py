@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +19,7 @@ from diffusion.gaussian import (
     velocity,
 )
 from diffusion.schedule import alpha_sigma
-from tests.toys import STUDENTS, golden, saying
+from tests.toys import STUDENTS, golden, saying, student_v, student_x
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
@@ -55,7 +57,7 @@ def test_reverse_process_is_the_reference(reference, name, mix):
     close(variance.sqrt(), reference[f"reverse_{name}/std"])
 
 
-@pytest.mark.parametrize("output_type", OUTPUT_TYPES)
+@pytest.mark.parametrize("output_type", ["x", "eps", "v", "both"])
 @pytest.mark.parametrize("clip", [False, True])
 def test_predictions_are_the_reference(reference, output_type, clip):
     denoise = clipped(STUDENTS[output_type]) if clip else STUDENTS[output_type]
@@ -66,6 +68,18 @@ def test_predictions_are_the_reference(reference, output_type, clip):
     # eps = (z - alpha x) / sigma cancels where sigma is 4.5e-5
     close(prediction.eps, reference[f"{where}/model_eps"], rtol=1e-9, atol=1e-10)
     close(velocity(prediction, logsnr), reference[f"{where}/model_v"], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gate", [-40.0, 0.0, 40.0])
+def test_a_dual_output_is_x_where_its_gate_is_open_and_v_where_it_is_shut(gate):
+    z, logsnr = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([-3.0, 0.0, 7.0])
+    z, logsnr = z.requires_grad_(), logsnr.double()
+    parts = [student_x(z, logsnr), student_v(z, logsnr), torch.full_like(z, gate)]
+    found = Denoiser(lambda *_: torch.cat(parts, dim=1), "dual")(z, logsnr)
+    g = 1 / (1 + math.exp(-gate))
+    for n in range(2):
+        by_x, by_v = (STUDENTS[name](z, logsnr)[n] for name in ("x", "v"))
+        close(found[n], g * by_x + (1 - g) * by_v)
 
 
 @given(st.sampled_from(sorted(OUTPUT_TYPES)), st.floats(-20, 20), st.integers(0, 2**31))

@@ -13,6 +13,7 @@ WEIGHTS = {
     "snr": lambda snr: snr,
     "snr_trunc": lambda snr: snr.clamp(min=1.0),
     "snr_plus_one": lambda snr: 1 + snr,
+    "snr_capped": lambda snr: (1 + snr).clamp(max=25.0),
 }
 
 

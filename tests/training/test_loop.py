@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing import event_accumulator
 from torch import nn
 
-from diffusion.gaussian import Denoiser
+from diffusion.gaussian import OUTPUT_TYPES, Denoiser
 from diffusion.grids import uniform_grid
 from diffusion.losses import SQUARED_ERRORS, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
@@ -378,7 +378,7 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped(lasting, capsys):
 
 
 @pytest.mark.parametrize("weight", SQUARED_ERRORS)
-@pytest.mark.parametrize("prediction", ["x", "eps", "v", "both"])
+@pytest.mark.parametrize("prediction", OUTPUT_TYPES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_output_and_loss_trains_and_distils(weight, prediction, channels):
     values = tiny(data={"channels": channels}, diffusion={"prediction": prediction})
