@@ -48,33 +48,33 @@ def export(arguments: argparse.Namespace) -> None:
                 raise InputError(f"{path}: {key} is not that of {first_path}; one graph is for all")
         if checkpoint.config.model.num_classes is not None:
             raise InputError(f"{path}: model.num_classes: set; give this one as --guided")
+    names = [_name(checkpoint) for _, checkpoint in loaded]
+    for n, (path, _) in enumerate(loaded):
+        if names[n] in names[:n]:
+            raise InputError(f"{path}: a second {names[n]}; give one of each")
+    guided = None if arguments.guided is None else _load_guided(arguments.guided, first)
     graph, order = _graph(first_path, first)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "image_size": first.config.data.image_size,
     }
-    models: dict[str, dict[str, Any]] = {}
+    models = []
     for path, checkpoint in loaded:
-        student = checkpoint.num_steps
-        name = "teacher" if student is None else f"student-{student}"
-        if name in models:
-            raise InputError(f"{path}: a second {name}; give one of each")
-        levels = checkpoint.levels(None if student else arguments.steps)
-        models[name] = _model(folder, name, path, checkpoint, order, levels.tolist())
+        levels = checkpoint.levels(None if checkpoint.num_steps else arguments.steps)
+        models.append(_model(folder, _name(checkpoint), path, checkpoint, order, levels.tolist()))
     manifest["graph"] = _stored(folder, "graph.onnx", graph)
-    by_steps = sorted(models.values(), key=lambda model: (-model["steps"], model["name"]))
-    manifest["models"] = by_steps
-    if arguments.guided is not None:
-        manifest["guided"] = _guided(folder, arguments.guided, first.config.data.image_size)
+    manifest["models"] = sorted(models, key=lambda model: (-model["steps"], model["name"]))
+    if guided is not None:
+        manifest["guided"] = _guided(folder, arguments.guided, guided)
     text = json.dumps(manifest, indent=1) + "\n"
     _stored(folder, "manifest.json", text.encode())
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    say(f"written: {folder}: {', '.join(m['name'] for m in by_steps)}, {size / 1e6:.1f} MB in all")
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    say(f"written: {folder}: {', '.join(m['name'] for m in models)}, {size / 1e6:.1f} MB in all")
 
 
-def _guided(folder: Path, path: Path, image_size: int) -> dict[str, Any]:
-    """Writes graph and weights of the guided student. Returns its entry of the manifest."""
+def _load_guided(path: Path, other: Any) -> Any:
+    """Returns the guided student in the file, for images as large as those of the other one."""
     from pipeline.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
@@ -85,14 +85,19 @@ def _guided(folder: Path, path: Path, image_size: int) -> dict[str, Any]:
             f"--guided {path}: not a student that takes a class and a guidance weight; give one "
             "distilled with distillation.guidance (configs/mnist_guided.yaml)"
         )
-    if size != image_size:
-        raise InputError(f"--guided {path}: data.image_size: {size}; the others have {image_size}")
+    if size != other.config.data.image_size:
+        raise InputError(f"--guided {path}: data.image_size: {size}, not that of the other models")
+    return checkpoint
+
+
+def _guided(folder: Path, path: Path, checkpoint: Any) -> dict[str, Any]:
+    """Writes graph and weights of the guided student. Returns its entry of the manifest."""
     graph, order = _graph(path, checkpoint)
     entry = _model(folder, "guided", path, checkpoint, order, checkpoint.levels().tolist())
     return {
         **entry,
         "graph": _stored(folder, "guided.onnx", graph),
-        "classes": model.num_classes,
+        "classes": checkpoint.config.model.num_classes,
         "guidance": list(checkpoint.config.distillation.guidance or (0.0, 4.0)),
     }
 
@@ -106,6 +111,11 @@ def _require_drawable(path: Path, checkpoint: Any) -> None:
         raise InputError(f"{path}: data.channels: {config.data.channels}; the page draws grey, 1")
     if checkpoint.sampler not in (None, "ddim"):
         raise InputError(f"{path}: its sampler is {checkpoint.sampler}; the page has ddim only")
+
+
+def _name(checkpoint: Any) -> str:
+    """Returns what the page calls the model."""
+    return "teacher" if checkpoint.num_steps is None else f"student-{checkpoint.num_steps}"
 
 
 def _network(checkpoint: Any) -> tuple[Any, Any, int]:
