@@ -11,7 +11,8 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline gpu test test-slow torture lint format mutants clean
+.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline gpu demo test \
+	test-slow test-demo torture lint format mutants clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -23,9 +24,11 @@ help:
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
 	@echo 'make networks     UNet, transformer and latent UNet, each with its ladder, in equal CPU time (hours)'
 	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour)'
+	@echo 'make demo         serve the page in docs/demo: the models in your browser (needs no installation)'
 	@echo 'make gpu          tests and speed on a GPU (under ten minutes; DEVICE=cpu SMALL=1 tries it out)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
+	@echo 'make test-demo    the page in a browser; installs Chromium where apt-get can'
 	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
 	@echo 'make mutants      break the formulas on purpose and see the tests fail'
 	@echo 'make format       format the code'
@@ -113,16 +116,28 @@ DEVICE ?= cuda
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(SMALL),--small --output output/gpu-small)
 
+# Any static web server will do; this one is part of Python.
+PORT ?= 8000
+demo:
+	@echo 'open http://127.0.0.1:$(PORT)/ (Ctrl-C stops; another port: make demo PORT=8001)'
+	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory docs/demo
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -rs -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+test-demo: $(VENV)/.installed-dev
+	@{ command -v chromium && command -v chromedriver; } > /dev/null \
+		|| { apt-get update && apt-get install -y chromium chromium-driver; } \
+		|| { echo 'error: no chromium and chromedriver, and apt-get cannot install them'; exit 2; }
+	$(BIN)/python -m pytest -s tests/test_demo.py
 
 torture: $(VENV)/.installed-dev
 	KILLS=200 DAMAGED=1000 HOSTILE=200 CONFIG_EXAMPLES=10000 $(BIN)/python -m pytest -s tests/test_kills.py \

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +52,14 @@ def export(arguments: argparse.Namespace) -> None:
         _require_unrollable(path, checkpoint.sampler, len(levels) - 1)
     denoiser = load_denoiser(checkpoint, path, torch.device("cpu"), EngineConfig())
     conditions = onnx_file.conditions_of(checkpoint)
-    network: Any = denoiser.network
-    z = torch.randn(2, *image_shape(checkpoint.config))
-    given = {"label": torch.tensor([0, -1]), "guidance": torch.tensor([0.0, 1.0])}
-    condition = tuple(given[name] for name in conditions)
     if graph == "one_step":
-        step = onnx_file.OneStep(denoiser, network, conditions)
+        model = onnx_file.one_step(denoiser, conditions, image_shape(checkpoint.config))
         names = ["z", "logsnr", *conditions]
-        model = _traced(step, (z, torch.zeros(2)), condition, names, ["x_hat", "eps_hat"])
     else:
-        jump = onnx_file.Jump(denoiser, network, conditions, checkpoint.config.sampling.clip)
-        names = ["z", "here", "there", *conditions]
-        pair = (torch.zeros(1), torch.ones(1))
-        once = _traced(jump, (z, *pair), condition, names, ["z_there"])
-        end = _traced(onnx_file.Decode(), (z,), (), ["x"], ["images"])
-        model, names = onnx_file.unrolled(once, end, levels), ["noise", *conditions]
+        clip = checkpoint.config.sampling.clip
+        shape = image_shape(checkpoint.config)
+        model = onnx_file.all_steps(denoiser, conditions, shape, clip, levels)
+        names = ["noise", *conditions]
     about = onnx_file.metadata(checkpoint, graph, levels, arguments.precision)
     if arguments.precision == "fp16":
         onnx_file.halve(model)
@@ -93,47 +85,6 @@ def _require_unrollable(path: Path, sampler: str | None, steps: int) -> None:
             f"{path}: {steps} steps; at most {MOST_STEPS} go into one graph; give --steps (of a "
             "base model) or --one_step"
         )
-
-
-def _traced(module: Any, inputs: Any, condition: Any, names: list[str], outputs: list[str]) -> Any:
-    """Returns the module as an onnx model of a batch of any size.
-
-    inputs, condition: examples of two images; those of one number are of levels for all images.
-    """
-    import torch
-
-    from tools.onnx_file import OPSET
-
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        needed = "onnx onnxscript onnxruntime"
-        raise InputError(f"--output: ONNX needs packages: pip install {needed}") from None
-    batch = torch.export.Dim("batch", min=1, max=2**16)
-    shapes: list[Any] = [{0: batch} if len(value) == 2 else {} for value in inputs]
-    if condition:  # *condition is one argument
-        shapes.append(tuple({0: batch} for _ in condition))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval(),
-            (*inputs, *condition),
-            input_names=names,
-            output_names=outputs,
-            dynamic_shapes=tuple(shapes),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    for node in model.graph.node:  # where in the source it came from
-        del node.metadata_props[:]
-        node.ClearField("doc_string")
-    del model.graph.value_info[:]
-    return model
 
 
 def _quantised(model: Any) -> Any:

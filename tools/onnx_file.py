@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,82 @@ class Decode(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the images."""
         return decode(x)
+
+
+def one_step(
+    denoiser: Denoiser, conditions: list[str], shape: tuple[int, ...], optimize: bool = True
+) -> Any:
+    """Returns the onnx model of a OneStep. shape: (C, H, W). optimize: see traced."""
+    network: Any = denoiser.network
+    names = ["z", "logsnr", *conditions]
+    inputs = (torch.randn(2, *shape), torch.zeros(2))
+    step = OneStep(denoiser, network, conditions)
+    return traced(step, inputs, _examples(conditions), names, ["x_hat", "eps_hat"], optimize)
+
+
+def all_steps(
+    denoiser: Denoiser, conditions: list[str], shape: tuple[int, ...], clip: bool, levels: Tensor
+) -> Any:
+    """Returns the onnx model of sampling: noise, *conditions -> uint8 images, on these levels."""
+    network: Any = denoiser.network
+    z = torch.randn(2, *shape)
+    jump = Jump(denoiser, network, conditions, clip)
+    inputs = (z, torch.zeros(1), torch.ones(1))
+    names = ["z", "here", "there", *conditions]
+    once = traced(jump, inputs, _examples(conditions), names, ["z_there"])
+    return unrolled(once, traced(Decode(), (z,), (), ["x"], ["images"]), levels)
+
+
+def _examples(conditions: list[str]) -> tuple[Tensor, ...]:
+    """Returns the conditions of two images."""
+    given = {"label": torch.tensor([0, -1]), "guidance": torch.tensor([0.0, 1.0])}
+    return tuple(given[name] for name in conditions)
+
+
+def traced(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    condition: tuple[Tensor, ...],
+    names: list[str],
+    outputs: list[str],
+    optimize: bool = True,
+) -> Any:
+    """Returns the module as an onnx model of a batch of any size.
+
+    inputs, condition: examples of two images; those of one number are of levels for all images.
+    optimize: False keeps each weight of the module as it is, under its own name.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        needed = "onnx onnxscript onnxruntime"
+        raise InputError(f"--output: ONNX needs packages: pip install {needed}") from None
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    shapes: list[Any] = [{0: batch} if len(value) == 2 else {} for value in inputs]
+    if condition:  # *condition is one argument
+        shapes.append(tuple({0: batch} for _ in condition))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            (*inputs, *condition),
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=tuple(shapes),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=optimize,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:  # where in the source it came from
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    del model.graph.value_info[:]
+    return model
 
 
 def unrolled(jump: Any, end: Any, levels: Tensor) -> Any:
@@ -129,15 +206,18 @@ def metadata(checkpoint: Checkpoint, graph: str, levels: Tensor, precision: str)
     return {key: json.dumps(value) for key, value in values.items()}
 
 
-def halve(model: Any) -> None:
-    """Stores the weights of an onnx model in float16; the graph casts them back to float32."""
+def halve(model: Any, smallest: int = 256) -> None:
+    """Stores the weights of an onnx model in float16; the graph casts them back to float32.
+
+    smallest: tensors with fewer numbers stay as they are.
+    """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     graph, casts = model.graph, []
     for tensor in list(graph.initializer):
         values = numpy_helper.to_array(tensor)
-        if tensor.data_type != TensorProto.FLOAT or values.size < 256:
+        if tensor.data_type != TensorProto.FLOAT or values.size < smallest:
             continue
         name = tensor.name
         half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
