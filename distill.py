@@ -10,6 +10,7 @@ DESCRIPTION = """\
 Distil a model into fewer sampling steps: each stage copies its teacher into a student that learns
 to do several of its steps in one. Writes student-<steps>.pt and a grid of samples for every stage,
 then a table and pictures of the ladder; run the same command again to go on."""
+INITIALISE = "the first student begins with these weights instead of its teacher's"
 CONFIG = "its distillation, sampling, engine, data.root and data.workers are used"
 
 
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--config_path", type=path_name, metavar="FILE.yaml", help=CONFIG)
     add("--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps")
     add("--distillation_iterations", type=int, metavar="N", help="stages; each halves the steps")
+    add("--initialise", type=path_name, metavar="FILE", help=INITIALISE)
     add_common_arguments(parser)
     return run_script(parser, argv, distill, GO_ON)
 
@@ -60,11 +62,14 @@ def distill(arguments: argparse.Namespace) -> None:
         name = f"{name}-from-{base.num_steps}-steps"
     require_name(name, arguments.config_path or base_path)
     output = arguments.output or Path(f"output/distilled/{name}")
-    if base_path.parent.resolve() == output.resolve():
-        raise InputError(
-            f"{base_path}: is in {output}, with the results of its own run; give another folder "
-            "for those of this ladder (--output)"
-        )
+    file = arguments.initialise
+    for path in (base_path, *([] if file is None else [file])):
+        if path.parent.resolve() == output.resolve():
+            raise InputError(
+                f"{path}: is in {output}, with the results of its own run; give another folder "
+                "for those of this ladder (--output)"
+            )
+    initial = None if file is None else (file, load_checkpoint(file))
     config = with_codec(config, arguments.config_path or base_path)
     recipe = config.distillation
     with join_world(arguments.device) as world:
@@ -76,7 +81,8 @@ def distill(arguments: argparse.Namespace) -> None:
             report = LadderReport(run, base, base_path)
             teacher = base
             for stage in student_stages(config, base.stage + 1):
-                teacher = train_stage(run, stage, student_start(run, stage, teacher), teacher)
+                start = student_start(run, stage, teacher, initial)
+                teacher, initial = train_stage(run, stage, start, teacher), None
                 report.add(teacher)
             report.finish()
             if world.leads:

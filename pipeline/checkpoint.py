@@ -61,7 +61,7 @@ class Checkpoint:
     model: the weights in training; ema: their average; walker: the average that walks the paths of
     the distillation; None if not kept. optimizer: its state, None in published files; scaler: the
     state of the loss scaler in fp16. lineage: digests of the weights that training started from: a
-    student's teacher (teacher), or the file of train.py --initialise (initial).
+    student's teacher (teacher), and the file of --initialise (initial).
 
     Raises pydantic.ValidationError for invalid entries.
     """

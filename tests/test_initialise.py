@@ -1,4 +1,4 @@
-"""train.py --initialise: a new run that begins with a checkpoint's weights, and goes on."""
+"""--initialise: a new run that begins with a checkpoint's weights, and goes on."""
 
 import shutil
 from dataclasses import replace
@@ -166,3 +166,31 @@ def test_moments_of_other_parameters_are_refused(workshop, tmp_path, capsys):
             (path.parent / "diffusion-6.pt").unlink()
             continue
         assert f"{path}: optimizer: {hint}" in refused(capsys, train, *longer)
+
+
+def test_a_student_begins_with_another_one_of_its_steps(workshop, tmp_path, capsys):
+    """As where a student is improved by another loss; only the ladder's first one."""
+    out, file = tmp_path / "out", workshop["student"]
+    common = ("--teacher_model_checkpoint", workshop["base"], "--output", out)
+    ladder = ("distillation.ladder=[8,4,2]", "distillation.learning_rate=1e-30")
+    assert run(distill, *common, "--initialise", file, "--set", *ladder) == 0
+    began = load_checkpoint(file).weights
+    for steps in (4, 2):
+        made = load_checkpoint(out / f"student-{steps}.pt")
+        assert ("initial" in made.lineage) == (steps == 4)
+        for name, tensor in began.items():
+            torch.testing.assert_close(made.weights[name], tensor, rtol=0, atol=1e-20)
+    teacher = {"teacher": digest(load_checkpoint(workshop["base"]).weights)}
+    first = load_checkpoint(out / "student-4.pt")
+    assert first.lineage == {**teacher, "initial": digest(began)}
+    line = refused(capsys, distill, *common, "--set", *ladder)
+    assert "student-4.pt: of a run that began with --initialise; give the same to go on" in line
+    inside = ("--initialise", out / "student-4.pt")
+    assert f"is in {out}, with the results of its own run" in refused(
+        capsys, distill, *common, *inside
+    )
+    other = ("--teacher_model_checkpoint", workshop["base"], "--output", tmp_path / "other")
+    sizes = "channels: 16, channel_multipliers: [1, 2], attention_resolutions: [4], patch_size: 4"
+    wider = f"distillation.student={{{sizes}}}"
+    line = refused(capsys, distill, *other, "--initialise", file, "--set", wider)
+    assert f"{file}: model.channels is 8 there, but 16 in this run" in line

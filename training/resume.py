@@ -132,7 +132,7 @@ def require_same_stage(path: Path, stored: Checkpoint, start: Checkpoint, stage:
     if stored.kind != start.kind or (start.kind != "student" and stored.optimizer is None):
         raise InputError(f"{path}: not a {start.kind} model in training; give another --output")
     if stored.lineage != start.lineage:
-        same = "the same to go on, " if start.kind == "base" else ""
+        same = "the same to go on, " if _same_teacher(stored, start) else ""
         raise InputError(f"{path}: {_began(stored, start)}; give {same}{_OTHER_FOLDER}")
     sections = ["seed", "data", "codec"]
     sections += ["autoencoder"] if start.kind == "autoencoder" else ["model", "diffusion"]
@@ -162,10 +162,14 @@ def require_same_stage(path: Path, stored: Checkpoint, start: Checkpoint, stage:
 _OTHER_FOLDER = "another folder (--output), or DELETE that run and begin anew (--restart)"
 
 
+def _same_teacher(stored: Checkpoint, start: Checkpoint) -> bool:
+    return stored.lineage.get("teacher") == start.lineage.get("teacher")
+
+
 def _began(stored: Checkpoint, start: Checkpoint) -> str:
-    if start.kind == "student":
+    if not _same_teacher(stored, start):
         return "a student of another teacher"
-    if not stored.lineage:
+    if "initial" not in stored.lineage:
         return "of a run that began without --initialise"
-    other = " and another file" if start.lineage else ""
+    other = " and another file" if "initial" in start.lineage else ""
     return f"of a run that began with --initialise{other}"

@@ -13,6 +13,7 @@ from diffusion.grids import (
 )
 from models.networks import NetworkSection
 from pipeline.checkpoint import Checkpoint, digest
+from pipeline.checkpoint_checks import State
 from pipeline.codec import Codec, open_codec
 from pipeline.config import Config
 from pipeline.data import Dataset
@@ -40,21 +41,22 @@ class Run:
         return open_codec(self.config.codec, self.world.device)
 
 
-def base_start(run: Run, initial: tuple[Path, Checkpoint] | None = None) -> Checkpoint:
+Initial = tuple[Path, Checkpoint]
+"""A file whose averaged weights a stage begins with (--initialise), and its checkpoint."""
+
+
+def base_start(run: Run, initial: Initial | None = None) -> Checkpoint:
     """Returns the base model before its first update.
 
-    initial: a file and its checkpoint, whose averaged weights it begins with instead of random
-    ones. Raises InputError that names the first key of the config in which the networks differ.
+    initial: what it begins with instead of random weights. Raises InputError that names the first
+    key of the config in which the networks differ.
     """
     config, lineage = run.config, {}
     if initial is None:
         torch.manual_seed(config.seed)
         weights = build_network(config, run.world.device).state_dict()
     else:
-        path, checkpoint = initial
-        weights = checkpoint.weights
-        require_same_everywhere(path, weights, run.world)
-        _require_same_network(path, checkpoint.config, config)
+        weights = _initial_weights(initial, config, run.world)
         lineage = {"initial": digest(weights)}
     return Checkpoint(
         kind="base",
@@ -67,8 +69,11 @@ def base_start(run: Run, initial: tuple[Path, Checkpoint] | None = None) -> Chec
     )
 
 
-def _require_same_network(path: Path, theirs: Config, ours: Config) -> None:
-    values = [config.model_dump() for config in (theirs, ours)]
+def _initial_weights(initial: Initial, config: Config, world: World) -> State:
+    """Returns the weights of --initialise. Raises InputError if the config's network differs."""
+    path, checkpoint = initial
+    require_same_everywhere(path, checkpoint.weights, world)
+    values = [one.model_dump() for one in (checkpoint.config, config)]
     keys = [("model", key) for key in values[0]["model"] if key != "dropout"]
     keys += [("diffusion", "prediction"), ("data", "channels"), ("codec", "digest")]
     for section, key in keys:
@@ -78,21 +83,28 @@ def _require_same_network(path: Path, theirs: Config, ours: Config) -> None:
                 f"{path}: {section}.{key} is {there} there, but {here} in this run, whose network "
                 "its weights do not fit; take the same value, or leave --initialise out"
             )
+    return checkpoint.weights
 
 
-def student_start(run: Run, stage: Stage, teacher: Checkpoint) -> Checkpoint:
+def student_start(
+    run: Run, stage: Stage, teacher: Checkpoint, initial: Initial | None = None
+) -> Checkpoint:
     """Returns a student before its first update: a copy of its teacher, as far as that fits.
 
     Salimans & Ho 2022, algorithm 2; of a base model it is the average that is copied. Tensors that
     the student has under the same name and in the same shape are copied, others begin afresh.
-    An adaptive grid is a uniform one until train_stage has measured the teacher.
+    An adaptive grid is a uniform one until train_stage has measured the teacher. initial: what it
+    begins with instead, for instance a student of the same steps that is to be improved.
     """
     model, before = student_model(run.config, teacher), teacher.config
     prediction = run.config.distillation.prediction or before.diffusion.prediction
     diffusion = before.diffusion.model_copy(update={"prediction": prediction})
     config = run.config.model_copy(update={"model": model, "diffusion": diffusion})
-    weights = teacher.weights
-    if (model, diffusion) != (before.model, before.diffusion):
+    weights, lineage = teacher.weights, {"teacher": digest(teacher.weights)}
+    if initial is not None:
+        weights = _initial_weights(initial, config, run.world)
+        lineage["initial"] = digest(weights)
+    elif (model, diffusion) != (before.model, before.diffusion):
         torch.manual_seed(run.config.seed)
         network = build_network(config, run.world.device)
         weights = {**network.state_dict(), **matching_weights(weights, network)}
@@ -106,7 +118,7 @@ def student_start(run: Run, stage: Stage, teacher: Checkpoint) -> Checkpoint:
         grid=tuple(grid.tolist()),
         sampler=stage.method.sampler,
         model=weights,
-        lineage={"teacher": digest(teacher.weights)},
+        lineage=lineage,
     )
 
 
