@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline gpu demo test \
+.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline gpu latency demo test \
 	test-slow test-demo torture lint format mutants clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
 	@echo 'make networks     UNet, transformer and latent UNet, each with its ladder, in equal CPU time (hours)'
 	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour)'
+	@echo 'make latency      milliseconds an image by model and batch, in PyTorch, ONNX and a browser (minutes)'
 	@echo 'make demo         serve the page in docs/demo: the models in your browser (needs no installation)'
 	@echo 'make gpu          tests and speed on a GPU (under ten minutes; DEVICE=cpu SMALL=1 tries it out)'
 	@echo 'make test         lint, types and tests'
@@ -115,6 +116,9 @@ pipeline: $(VENV)/.installed-dev
 DEVICE ?= cuda
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(SMALL),--small --output output/gpu-small)
+
+latency: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.latency
 
 # Any static web server will do; this one is part of Python.
 PORT ?= 8000

@@ -8,7 +8,7 @@ import yaml
 
 import distill
 import train
-from benchmarks import cost, diffusers_pipeline, gpu, measures, steps, sweep, throughput
+from benchmarks import cost, diffusers_pipeline, gpu, latency, measures, steps, sweep, throughput
 from benchmarks.sweeps import SWEEPS
 from diffusion.grids import uniform_grid
 from evaluation.gallery import RealImages, real_images
@@ -323,3 +323,42 @@ def test_the_share_of_a_known_gpus_peak(monkeypatch):
     shown = gpu.table([{**row, "training_utilisation": 0.25}, {**row, "problem": "out of memory"}])
     assert "| 1,000 (25%) |" in shown
     assert "| out of memory |" in shown
+
+
+# --- latency --------------------------------------------------------------------------------------
+
+
+def test_latencies_are_timed_by_model_way_and_batch(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="one of the ways that are timed")
+    monkeypatch.setattr(latency, "BASE_STEPS", (32, 2))
+    monkeypatch.setattr(latency, "LONGEST", 4)
+    monkeypatch.setattr("tools.export_onnx.MOST_STEPS", 4)
+    pair = [
+        tmp_path / "base" / "diffusion-4.pt",
+        tmp_path / "ladder" / "student-2.pt",
+    ]
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny()))
+    assert train.main(["--config_path", str(config), "--output", str(pair[0].parent)]) == 0
+    ladder = ["--output", str(pair[1].parent), "--set", "distillation.ladder=[4,2]"]
+    assert distill.main(["--teacher_model_checkpoint", str(pair[0]), *ladder]) == 0
+    capsys.readouterr()
+    command = ["--checkpoint", *map(str, pair), "--batch_size", "1", "3", "--device", "cpu"]
+    assert latency.main([*command, "--ways", "pytorch", "onnx"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert cells[0][3:5] == ["batch 1", "batch 3"]
+    found = [tuple(row[:3]) for row in cells[2:]]
+    assert found == [
+        (name, steps, way)
+        for name, steps in (("diffusion-4", "32"), ("diffusion-4", "2"), ("student-2", "2"))
+        for way in ("PyTorch", "ONNX Runtime")
+    ]
+    times = {
+        row: float(line[4].replace(",", "")) for row, line in zip(found, cells[2:], strict=True)
+    }
+    for way in ("PyTorch", "ONNX Runtime"):
+        assert times["diffusion-4", "32", way] > 4 * times["diffusion-4", "2", way]
+    for line in cells[2:]:
+        best = min(float(cell.replace(",", "")) for cell in line[3:5])
+        assert float(line[5].replace(",", "")) == pytest.approx(1000 / best, rel=0.3)

@@ -1,0 +1,199 @@
+"""How long an image takes: python -m benchmarks.latency > docs/latency.md.
+
+By model, number of steps and batch size, in PyTorch, in ONNX Runtime and in a browser. Every cell
+is the least of several times, in milliseconds an image; images a second are 1000 divided by it.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.throughput import synchronise
+from pipeline.build import image_shape, load_denoiser
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.sampling import SampleRequest
+from tools import export_onnx
+from utils.command import (
+    InputError,
+    add_device_argument,
+    parse,
+    path_name,
+    run_command,
+    say,
+    warn,
+    whole_number,
+)
+from utils.processes import World, choose_device
+
+Draw = Callable[[int], float | None]
+"""Draws a batch of so many images; returns the seconds, if it takes the time itself."""
+
+PUBLISHED = [
+    Path(f"pretrained/mnist-{name}.safetensors")
+    for name in ("teacher", "8-steps", "4-steps", "2-steps", "1-step")
+]
+BASE_STEPS = (1024, 64)  # of a base model
+LONGEST = 16  # steps that are really done; more are a multiple of the time of these
+REPEATS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and measures. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", type=path_name, default=PUBLISHED, metavar="FILE")
+    sizes = [1, 4, 16, 64, 256]
+    add("--batch_size", nargs="+", type=whole_number(1, 2**16), default=sizes, metavar="N")
+    ways = ("pytorch", "onnx", "browser")
+    add("--ways", nargs="+", choices=ways, default=ways, help="what they are run by")
+    add_device_argument(parser)
+    arguments = parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    return run_command(lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Times every model in every way, and prints the table."""
+    device, sizes = choose_device(arguments.device), arguments.batch_size
+    rows = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        browser = open_browser(stack) if "browser" in arguments.ways else None
+        for path in arguments.checkpoint:
+            checkpoint = load_checkpoint(path)
+            for steps in BASE_STEPS if checkpoint.num_steps is None else (checkpoint.num_steps,):
+                ways: dict[str, tuple[Draw, int]] = {}
+                if "pytorch" in arguments.ways:
+                    ways["PyTorch"] = pytorch(checkpoint, path, steps, device)
+                if "onnx" in arguments.ways:
+                    ways["ONNX Runtime"] = onnx(checkpoint, path, steps, folder)
+                if browser is not None and path in PUBLISHED and steps != BASE_STEPS[0]:
+                    ways["browser"] = in_browser(browser, checkpoint, steps)
+                for way, (draw, done) in ways.items():
+                    took = [steps / done * seconds(draw, size, device) / size for size in sizes]
+                    rows.append(row(path.stem, steps, way, took))
+                    print(rows[-1], file=sys.stderr)
+    say(table(rows, sizes, device))
+
+
+def pytorch(
+    checkpoint: Checkpoint, path: Path, steps: int, device: torch.device
+) -> tuple[Draw, int]:
+    """Returns what samples by this project's own code, and in how many steps it does."""
+    denoiser = load_denoiser(checkpoint, path, device)
+    done = min(steps, LONGEST) if checkpoint.num_steps is None else steps
+    request = SampleRequest.of(checkpoint, denoiser, World(device), steps=done)
+
+    def draw(count: int) -> None:
+        request.draw(range(count))
+
+    return draw, done
+
+
+def onnx(checkpoint: Checkpoint, path: Path, steps: int, folder: Path) -> tuple[Draw, int]:
+    """Returns what samples by one graph of all steps in ONNX Runtime, and in how many."""
+    import onnxruntime
+
+    done = min(steps, export_onnx.MOST_STEPS)
+    file = folder / f"{path.stem}-{done}.onnx"
+    command = [str(path), "--output", str(file)]
+    command += [] if checkpoint.num_steps else ["--steps", str(done)]
+    if not file.exists() and export_onnx.main(command):
+        raise InputError(f"{path}: not exported to ONNX")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def draw(count: int) -> None:
+        noise = torch.randn(count, *image_shape(checkpoint.config)).numpy()
+        session.run(None, {"noise": noise})
+
+    return draw, done
+
+
+def open_browser(stack: ExitStack) -> Any:
+    """Returns a browser with the page in docs/demo; None, with a warning, if there is none."""
+    try:
+        from tests.demo_site import CHROMIUM, DRIVER, Site, chromium
+
+        if CHROMIUM is None or DRIVER is None:
+            raise ImportError
+        profile = stack.enter_context(tempfile.TemporaryDirectory())
+        driver = stack.enter_context(chromium(profile))
+    except ImportError:
+        warn("no browser: it takes chromium, chromedriver and pip install selenium")
+        return None
+    driver.get(Site().page("latency"))
+    driver.execute_async_script(
+        "const d = arguments[0]; const w = setInterval(() => window.demo && "
+        "(clearInterval(w), demo.loaded.then(() => d())), 50)"
+    )
+    return driver
+
+
+def in_browser(browser: Any, checkpoint: Checkpoint, steps: int) -> tuple[Draw, int]:
+    """Returns what samples in the page in docs/demo, on one core."""
+    from tests.demo_site import draw as draw_in
+
+    name = "teacher" if checkpoint.num_steps is None else f"student-{steps}"
+
+    def draw(count: int) -> float:
+        return draw_in(browser, name, torch.randn(count, 1, 32, 32), steps)[1] / 1000
+
+    return draw, steps
+
+
+def seconds(draw: Draw, size: int, device: torch.device) -> float:
+    """Returns the least time of REPEATS batches, after one that is not counted."""
+    taken = []
+    for _ in range(REPEATS + 1):
+        begun = time.perf_counter()
+        own = draw(size)
+        synchronise(device)
+        taken.append(time.perf_counter() - begun if own is None else own)
+    return min(taken[1:])
+
+
+def row(name: str, steps: int, way: str, took: list[float]) -> str:
+    """Returns a row of the table: milliseconds an image by batch size."""
+    cells = [f"{1000 * value:.1f}" if value < 1 else f"{1000 * value:,.0f}" for value in took]
+    return f"| {name} | {steps} | {way} | {' | '.join(cells)} | {1 / min(took):,.1f} |"
+
+
+def table(rows: list[str], sizes: list[int], device: torch.device) -> str:
+    """Returns the table with what it was measured on."""
+    threads = torch.get_num_threads()
+    heads = [f"batch {size}" for size in sizes]
+    return "\n".join(
+        [
+            f"Milliseconds an image, {device} ({processor()}), {threads} threads (the browser has "
+            f"one), torch {torch.__version__}. A base model's {LONGEST} steps are timed, and "
+            "multiplied for more.",
+            "",
+            f"| model | steps | run by | {' | '.join(heads)} | images a second at best |",
+            f"|---|---:|---|{'---:|' * (len(sizes) + 1)}",
+            *rows,
+        ]
+    )
+
+
+def processor() -> str:
+    """Returns the processor's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
