@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline test test-slow torture lint format mutants clean
+.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline test test-slow torture lint format mutants notebook lock clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -27,6 +27,8 @@ help:
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
 	@echo 'make mutants      break the formulas on purpose and see the tests fail'
+	@echo 'make notebook     run docs/first_steps.ipynb and store what it prints and draws (a minute)'
+	@echo 'make lock         write the installed versions to requirements.lock'
 	@echo 'make format       format the code'
 	@echo 'make clean        delete the virtual environment and the caches; results in output/ stay'
 
@@ -124,6 +126,12 @@ torture: $(VENV)/.installed-dev
 
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.mutants
+
+notebook: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.notebook
+
+lock: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.lock
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
