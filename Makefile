@@ -12,7 +12,7 @@ EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
 .PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline gpu latency demo test \
-	test-slow test-demo torture lint format mutants clean
+	test-slow test-demo torture lint format mutants notebook lock clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -32,6 +32,8 @@ help:
 	@echo 'make test-demo    the page in a browser; installs Chromium where apt-get can'
 	@echo 'make torture      200 kills, 1,000 damaged files, 200 hostile ones, 10,000 configs (about half an hour)'
 	@echo 'make mutants      break the formulas on purpose and see the tests fail'
+	@echo 'make notebook     run docs/first_steps.ipynb and store what it prints and draws (a minute)'
+	@echo 'make lock         write the installed versions to requirements.lock'
 	@echo 'make format       format the code'
 	@echo 'make clean        delete the virtual environment and the caches; results in output/ stay'
 
@@ -150,10 +152,16 @@ torture: $(VENV)/.installed-dev
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.mutants
 
+notebook: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.notebook
+
+lock: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.lock
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -41,6 +41,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from training.stage import student_stages
     from training.stages import train_stage
     from training.starts import Run, student_start
+    from training.tracking import open_tracker
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 
@@ -74,7 +75,9 @@ def distill(arguments: argparse.Namespace) -> None:
     recipe = config.distillation
     with join_world(arguments.device) as world:
         rows_of_process(recipe.batch_size, recipe.accumulate, world)  # raises InputError
-        run = Run(config, name, output, world, build_dataset(config, world.device))
+        tracker = open_tracker(arguments.track, output, name, config.model_dump(mode="json"))
+        dataset = build_dataset(config, world.device)
+        run = Run(config, name, output, world, dataset, tracker)
         with open_folder(output, world, "student-", arguments.restart):
             if world.leads:
                 require_same_ladder(output, recipe.steps()[1:], base.stage + 1)

@@ -40,6 +40,7 @@ def train(arguments: argparse.Namespace) -> None:
     from training.stage import base_stage
     from training.stages import train_stage
     from training.starts import Run, base_start
+    from training.tracking import open_tracker
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 
@@ -62,7 +63,9 @@ def train(arguments: argparse.Namespace) -> None:
         with open_folder(output, world, "diffusion-", arguments.restart):
             where = arguments.config_path
             config = with_folder_measured(config, where, output, dataset, world)
-            run = Run(config, name, output, world, dataset)
+            values = config.model_dump(mode="json")
+            tracker = open_tracker(arguments.track, output, name, values)
+            run = Run(config, name, output, world, dataset, tracker)
             trained = train_stage(run, stage, base_start(run, initial))
             if world.leads:
                 draw_loss_curve(output)

@@ -31,6 +31,7 @@ def train(arguments: argparse.Namespace) -> None:
     from training.folder import open_folder
     from training.loop import rows_of_process
     from training.starts import Run
+    from training.tracking import open_tracker
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
 
@@ -44,7 +45,9 @@ def train(arguments: argparse.Namespace) -> None:
     stage = autoencoder_stage(config)
     with join_world(arguments.device) as world:
         rows_of_process(stage.batch_size, stage.accumulate, world)  # raises InputError
-        run = Run(config, name, output, world, build_dataset(config, world.device))
+        tracker = open_tracker(arguments.track, output, name, config.model_dump(mode="json"))
+        dataset = build_dataset(config, world.device)
+        run = Run(config, name, output, world, dataset, tracker)
         with open_folder(output, world, "autoencoder-", arguments.restart):
             path = train_autoencoder(run, stage)
             if world.leads:

@@ -21,7 +21,7 @@ PREFIXES = {
     "student-": "a ladder",
     "autoencoder-": "the training of an autoencoder",
 }
-DELETED = ("metrics.jsonl", "loss.png", "codec.safetensors")
+DELETED = ("metrics.jsonl", "loss.png", "codec.safetensors", "tracking.json")
 KEPT = (
     "autoencoder.safetensors",
     "ladder.md",

@@ -14,6 +14,7 @@ from pipeline.codec import PIXELS, Codec
 from pipeline.data import Dataset
 from training.metrics import Metrics, MetricsLog, Monitor
 from training.stage import Stage
+from training.tracking import Tracker
 from training.trainee import Trainee
 from utils.command import DataError, InputError, Stopped, StopRequest, stop_requests, warn
 from utils.processes import World
@@ -173,17 +174,19 @@ def run_stage(
     callbacks: Callbacks,
     title: str,
     codec: Codec = PIXELS,
+    tracker: Tracker | None = None,
 ) -> None:
     """Trains the stage to its end with a progress bar, metrics and checkpoints on the way.
 
-    folder: of metrics.jsonl and tensorboard/. When a process is asked to stop, a checkpoint is
-    saved and Stopped raised in all.
+    folder: of metrics.jsonl and tensorboard/; tracker: gets the same curves. When a process is
+    asked to stop, a checkpoint is saved and Stopped raised in all.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         monitor = None
         if world.leads:
-            log = stack.enter_context(MetricsLog(folder, stage.number, trainee.update))
+            log = MetricsLog(folder, stage.number, trainee.update, tracker)
+            stack.enter_context(log)
             bar = stack.enter_context(progress_bar(stage.updates, title, "update", trainee.update))
             monitor = Monitor(log, bar, stage, world.device)
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: JSON lines for programs, TensorBoard for people."""
+"""What a run tells of itself: JSON lines for programs, TensorBoard or a tracker for people."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.codec import encode
 from training.stage import Stage
+from training.tracking import Tracker
 from utils.files import make_folder, naming, require_regular_file, write_text
 from utils.images import make_grid
 
@@ -55,16 +56,19 @@ def _leave_to_main_thread(failure: threading.ExceptHookArgs) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl and tensorboard/ in a run's folder.
+    """metrics.jsonl and tensorboard/ in a run's folder; the same curves for a tracker if given.
 
     Begins by dropping what a resumed run will do again: lines of the stage after the update where
     it goes on, those of later stages, and a last line that a kill left half written.
     """
 
-    def __init__(self, folder: Path, stage: int, update: int) -> None:
+    def __init__(
+        self, folder: Path, stage: int, update: int, tracker: Tracker | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes its time to import
 
         make_folder(folder)
+        self.stage, self.tracker = stage, tracker
         self.path, self.board_path = folder / "metrics.jsonl", folder / "tensorboard"
         path = self.path
         self.drawn: set[tuple[int, int]] = set()  # (stage, update) of earlier pictures
@@ -90,10 +94,12 @@ class MetricsLog:
         line = {**where, "update": update, **finite}
         with naming(self.path):
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        curves = {key: value for key, value in finite.items() if value is not None}
         with naming(self.board_path):
-            for key, value in finite.items():
-                if value is not None:
-                    self.board.add_scalar(key, value, update)
+            for key, value in curves.items():
+                self.board.add_scalar(key, value, update)
+        if self.tracker is not None:
+            self.tracker.log(self.stage, update, curves)
 
     def picture(self, name: str, image: Tensor, update: int) -> None:
         """A uint8 image (C, H, W) for TensorBoard."""
@@ -126,6 +132,8 @@ class MetricsLog:
                 raise
         finally:
             threading.excepthook = self.hook
+            if self.tracker is not None:
+                self.tracker.finish()
 
 
 class LossBins:

@@ -104,7 +104,16 @@ def train_stage(
     title = run.name if stage.num_steps is None else f"student {stage.num_steps}"
     callbacks, codec = Callbacks(save, task.draw and partial(draw, task.draw)), run.codec
     run_stage(
-        trainee, stage, run.dataset, objective, run.world, run.output, callbacks, title, codec
+        trainee,
+        stage,
+        run.dataset,
+        objective,
+        run.world,
+        run.output,
+        callbacks,
+        title,
+        codec,
+        run.tracker,
     )
     return snapshot()
 

@@ -21,19 +21,24 @@ from pipeline.network import build_network, build_schedule, matching_weights
 from pipeline.values import TABLE
 from training.resume import require_same_everywhere
 from training.stage import Stage
+from training.tracking import Tracker
 from utils.command import InputError
 from utils.processes import World
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of a run share. name: of its config; output: its folder."""
+    """What all stages of a run share. name: of its config; output: its folder.
+
+    tracker: what its curves are sent to, beside TensorBoard; None for nothing.
+    """
 
     config: Config
     name: str
     output: Path
     world: World
     dataset: Dataset
+    tracker: Tracker | None = None
 
     @property
     def codec(self) -> Codec:

@@ -4,6 +4,7 @@ Imports nothing slow, so that --help answers at once.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGXCPU)
 STALLED = 10  # seconds to wait for the next images after a request to stop
 GO_ON = "run the same command again to go on"
+TRACKERS = ("trackio", "wandb")
 
 
 class InputError(Exception):
@@ -145,6 +147,16 @@ def path_name(text: str) -> Path:
     return Path(text)
 
 
+def installed_tracker(text: str) -> str:
+    """An argparse type: one of TRACKERS, whose package must be installed."""
+    if text not in TRACKERS:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: take {' or '.join(TRACKERS)}")
+    found = importlib.util.find_spec(text)
+    if found is None or found.origin is None:  # no origin: a mere folder, as wandb makes one
+        raise argparse.ArgumentTypeError(f"{text}: not installed; pip install {text}")
+    return text
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every script that trains, --device included."""
     add = parser.add_argument
@@ -153,6 +165,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=path_name, metavar="DIR", help="where the results go")
     restart = "DELETE the checkpoints of an earlier run in the output folder and begin anew"
     add("--restart", action="store_true", help=restart)
+    track = f"send the curves to a tracker too, beside TensorBoard: {' or '.join(TRACKERS)}"
+    add("--track", type=installed_tracker, metavar="TRACKER", help=track)
     config = "print the whole config, checked, as YAML that --config_path reads, and stop"
     add("--print_config", action="store_true", help=config)
     add_device_argument(parser)
