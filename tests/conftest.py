@@ -11,6 +11,7 @@ install_import_hook(["diffusion", "models", "evaluation"], "beartype.beartype")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 
 from pipeline import data  # noqa: E402
 
@@ -36,6 +37,14 @@ def _mnist_is_read_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_read_idx", read_once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _figures_are_not_laid_out():
+    """Finding room for all labels takes half of a figure's time. No test looks at that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
         yield
 
 
