@@ -40,12 +40,21 @@ def _mnist_is_read_once():
         yield
 
 
+LAY_OUT = ConstrainedLayoutEngine.execute
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _figures_are_not_laid_out():
-    """Finding room for all labels takes half of a figure's time. No test looks at that."""
+    """Finding room for all labels takes half of a figure's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
         yield
+
+
+@pytest.fixture
+def layout(monkeypatch):
+    """For a test that looks at a figure: as its reader sees it."""
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", LAY_OUT)
 
 
 @pytest.fixture(autouse=True)

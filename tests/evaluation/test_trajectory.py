@@ -86,6 +86,7 @@ def test_raw_images_are_no_others_and_more_of_them_begin_alike(tmp_path):
     assert torch.equal(rounded, decode(few))
 
 
+@pytest.mark.usefixtures("layout")
 def test_the_report_says_what_was_measured(tmp_path):
     rows = [LadderRow(2, 10, 0.25, 1.0), LadderRow(1, 20, 0.5, 0.0)]
     table = ladder_table(rows, 4)
