@@ -9,6 +9,7 @@ from utils.command import (
     SEED,
     InputError,
     add_device_argument,
+    add_engine_arguments,
     path_name,
     run_script,
     say,
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=SEED, default=0, help="of the noise (0)")
     add("--batch_size", type=size, default=125, metavar="B", help="images at a time (125)")
     add("--output", type=file, default=Path("output/evaluation"), metavar="DIR")
+    add_engine_arguments(parser)
     add_device_argument(parser)
     return run_script(parser, argv, evaluate, KEPT)
 
@@ -58,7 +60,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.comparison import draw_all, known_results, measure_all
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
-    from evaluation.jobs import plan_jobs, require_different_names, require_same_data
+    from evaluation.jobs import (
+        plan_jobs,
+        require_different_names,
+        require_same_data,
+        with_engine,
+    )
     from evaluation.tables import markdown, summary
     from pipeline.checkpoint import load_checkpoint
     from pipeline.codec import open_codec
@@ -70,7 +77,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     output = arguments.output
     require_no_run(output)
-    checkpoints = {path: load_checkpoint(path) for path in arguments.checkpoint}
+    asked = (arguments.precision, arguments.compile)
+    checkpoints = {
+        path: with_engine(load_checkpoint(path), *asked) for path in arguments.checkpoint
+    }
     if arguments.config_path is not None:
         config = load_config(arguments.config_path, [])
     elif checkpoints:

@@ -8,6 +8,7 @@ from utils.command import (
     SEED,
     InputError,
     add_device_argument,
+    add_engine_arguments,
     path_name,
     run_script,
     say,
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=size, metavar="N", help="by default the checkpoint's own")
     add("--sampler", help="ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++")
     add("--clip", action=argparse.BooleanOptionalAction, help="clip x_hat to [-1, 1] at each step")
+    add_engine_arguments(parser)
     add_device_argument(parser)
     return run_script(parser, argv, sample)
 
@@ -44,6 +46,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Draws and writes the images that the command line asks for."""
     from pipeline.build import load_denoiser
     from pipeline.checkpoint import load_checkpoint
+    from pipeline.engine import asked_engine, sampling_engine
     from pipeline.sample_files import write_folder, write_grid, write_npz
     from pipeline.sampling import SampleRequest
     from training.folder import require_output
@@ -53,10 +56,12 @@ def sample(arguments: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(path)
     if arguments.trajectory and count is not None:
         raise InputError("--trajectory: goes with a grid, not with --count")
+    engine = asked_engine(checkpoint.config.engine, arguments.precision, arguments.compile)
     with join_world(arguments.device) as world:
+        device = world.device
         request = SampleRequest.of(
             checkpoint,
-            load_denoiser(checkpoint, path, world.device),
+            load_denoiser(checkpoint, path, device, sampling_engine(engine, device)),
             world,
             steps=arguments.steps,
             sampler=arguments.sampler,

@@ -133,7 +133,7 @@ class Comparison:
         to_base, same_class = against(partners.base)
         faint, border = self.ground(images)
         return Row(
-            name=job.path.stem,
+            name=job.label,
             kind="base" if job.checkpoint.num_steps is None else "student",
             sampler=job.sampler,
             steps=job.steps,

@@ -1,7 +1,7 @@
 """What an evaluation draws: checkpoints x samplers x step counts, and which belong together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from evaluation.quality import NOISE_SETS
 from evaluation.results import Key, Row
 from pipeline.checkpoint import Checkpoint, digest
+from pipeline.engine import asked_engine
 from pipeline.sampling import require_guidable, require_sampler
 from pipeline.sections import DataConfig
 from utils.command import InputError
@@ -29,13 +30,20 @@ class Job:
     def key(self) -> Key:
         """The key of the job's row in the results."""
         name, way = self.checkpoint.name, (self.sampler, self.steps, self.guidance)
-        return Key(name, self.path.stem, *way, self.count)
+        return Key(name, self.label, *way, self.count)
+
+    @property
+    def label(self) -> str:
+        """The name of the file, and how its network is run if somebody has asked for that."""
+        engine = self.checkpoint.config.engine
+        asked = engine.cpu_sampling and engine.precision != "fp32"
+        return f"{self.path.stem}, {engine.precision}" if asked else self.path.stem
 
     @property
     def title(self) -> str:
         """The job in words."""
         guided = f", guidance {self.guidance:g}" if self.guidance else ""
-        return f"{self.path.stem}, {self.sampler}, {self.steps} steps{guided}"
+        return f"{self.label}, {self.sampler}, {self.steps} steps{guided}"
 
     @property
     def calls(self) -> int:
@@ -77,6 +85,12 @@ def plan_jobs(
                 )
             jobs += [Job(checkpoint, path, sampler, n, size, weight) for weight in guidance]
     return jobs
+
+
+def with_engine(checkpoint: Checkpoint, precision: str | None, compiled: bool) -> Checkpoint:
+    """Returns the checkpoint with the engine that the command line asks for."""
+    engine = asked_engine(checkpoint.config.engine, precision, compiled)
+    return replace(checkpoint, config=checkpoint.config.model_copy(update={"engine": engine}))
 
 
 def require_same_data(checkpoints: Mapping[Path, Checkpoint], data: DataConfig) -> None:

@@ -20,11 +20,19 @@ def allow_tf32(engine: EngineConfig) -> None:
 def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
     """Returns how to run a checkpoint for sampling: on an accelerator as its own config says.
 
-    On a CPU eagerly and in float32, since half precision and compilation gain nothing there.
+    On a CPU eagerly and in float32, unless the config says otherwise (cpu_sampling).
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or engine.cpu_sampling:
         return engine
     return engine.model_copy(update={"precision": "fp32", "compile": False})
+
+
+def asked_engine(engine: EngineConfig, precision: str | None, compiled: bool) -> EngineConfig:
+    """Returns the engine with what a command line asks for, on any device. None: nothing."""
+    if precision is None and not compiled:
+        return engine
+    asked = {"precision": precision or "fp32", "compile": compiled, "cpu_sampling": True}
+    return engine.model_copy(update=asked)
 
 
 def accelerated(

@@ -227,9 +227,11 @@ class SamplingConfig(Section):
 class EngineConfig(Section):
     """How networks are run. precision: under autocast; tf32: for float32 on GPUs.
 
-    compile: torch.compile, worthwhile on GPUs; on a CPU it takes a minute and gains little.
+    compile: torch.compile, which takes a minute at first. cpu_sampling: whether these are meant for
+    sampling on a CPU too, which otherwise runs in float32 without compilation.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     tf32: bool = True
+    cpu_sampling: bool = False

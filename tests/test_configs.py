@@ -74,6 +74,7 @@ KEYS = {
     "sampling.grid": mostly(1, 3),
     "engine.precision": mostly("fp32", "bf16", "fp16", "fp8"),
     "engine.tf32": mostly(True, False),
+    "engine.cpu_sampling": mostly(True, False),
     "engine.fast": st.sampled_from(WRONG),
     "traning.updates": st.sampled_from(WRONG),
 }

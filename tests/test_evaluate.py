@@ -18,6 +18,7 @@ import sample
 import train
 from evaluation.comparison import Comparison, Partners, plan_jobs
 from evaluation.gallery import CHUNK, Gallery, RealImages, real_images
+from evaluation.jobs import with_engine
 from evaluation.quality import Quality, asked_share
 from evaluation.results import Results, Row
 from evaluation.tables import summary
@@ -209,6 +210,22 @@ def test_tables_and_pictures_that_a_stop_left_out_are_made(workshop, tmp_path):
             path.unlink()
     assert run(evaluate, *workshop["command"][:-1], folder) == 0
     assert {path.name for path in folder.iterdir()} == names
+
+
+def test_rows_name_the_precision_that_was_asked_for(workshop):
+    path = workshop["published"][0]
+    stored = load_checkpoint(path)
+    gallery = Gallery(Path(), World(CPU), seed=0, batch_size=125)
+
+    def found(precision, compiled):
+        checkpoint = with_engine(stored, precision, compiled)
+        (job,) = plan_jobs({path: checkpoint}, ["ddim"], [2], 20, None)
+        return job.key.name, gallery.key(checkpoint, "ddim", 2)
+
+    (name, key), (other_name, other_key) = found(None, False), found("bf16", False)
+    assert (name, other_name) == ("tiny-teacher", "tiny-teacher, bf16")
+    assert key != other_key
+    assert found("fp32", False) == found(None, True) == (name, key)
 
 
 def test_rows_of_other_weights_go():

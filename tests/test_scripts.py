@@ -395,6 +395,27 @@ def test_a_checkpoint_of_a_gpu_is_sampled_eagerly_in_float32_on_a_cpu(
     assert sampling_engine(engine, torch.device("cuda:0")) == engine
 
 
+def test_a_cpu_samples_in_another_precision_if_asked_to(workshop, tmp_path, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr("torch.compile", lambda network, dynamic: compiled.append(1) or network)
+    made = {}
+    for name, asked in (
+        ("default", ()),
+        ("fp32", ("--precision", "fp32")),
+        ("bf16", ("--precision", "bf16")),
+        ("compiled", ("--compile",)),
+    ):
+        out = tmp_path / f"{name}.npz"
+        given = ("--checkpoint", workshop["teacher"], "--count", 20, "--output", out)
+        assert run(sample, *given, *asked) == 0
+        made[name] = np.load(out)["arr_0"].astype(int)
+    assert len(compiled) == 1
+    for name in ("fp32", "compiled"):
+        assert np.array_equal(made[name], made["default"])
+    difference = np.abs(made["bf16"] - made["default"])
+    assert 0 < difference.max() < 20, "another precision, the same images"
+
+
 def test_the_default_output_tells_runs_and_steps_apart(workshop, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     student = workshop["ladder"] / "student-4.pt"

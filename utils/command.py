@@ -26,6 +26,7 @@ OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGXCPU)
 STALLED = 10  # seconds to wait for the next images after a request to stop
 GO_ON = "run the same command again to go on"
+PRECISIONS = ("fp32", "bf16", "fp16")
 TRACKERS = ("trackio", "wandb")
 
 
@@ -177,6 +178,14 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, mps, xpu; by default a GPU if there is one"
     )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --precision and --compile, of sampling."""
+    precision = "of the networks; by default fp32 on a CPU, on a GPU as the model was trained"
+    parser.add_argument("--precision", choices=PRECISIONS, help=precision)
+    compiled = "compile the networks: a minute at first, then faster"
+    parser.add_argument("--compile", action="store_true", help=compiled)
 
 
 Handler = Callable[[int, FrameType | None], Any]
