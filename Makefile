@@ -69,6 +69,7 @@ results: $(VENV)/.installed
 	mkdir -p docs/mnist
 	cp output/evaluation/results.* output/evaluation/distances.png output/distilled/mnist_small/comparison.png \
 		docs/mnist/
+	$(BIN)/python -m tools.race --output docs/mnist/race.gif
 
 # 2,000 images of each, as a distance falls with their number; 5,000 of few steps as well. Each call
 # adds its rows to those of the ones before, and draws no image twice.
