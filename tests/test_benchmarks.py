@@ -8,7 +8,17 @@ import yaml
 
 import distill
 import train
-from benchmarks import cost, diffusers_pipeline, gpu, latency, measures, steps, sweep, throughput
+from benchmarks import (
+    cost,
+    diffusers_pipeline,
+    gpu,
+    latency,
+    measures,
+    onnx_variants,
+    steps,
+    sweep,
+    throughput,
+)
 from benchmarks.sweeps import SWEEPS
 from diffusion.grids import uniform_grid
 from evaluation.gallery import RealImages, real_images
@@ -362,3 +372,22 @@ def test_latencies_are_timed_by_model_way_and_batch(tmp_path, capsys, monkeypatc
     for line in cells[2:]:
         best = min(float(cell.replace(",", "")) for cell in line[3:5])
         assert float(line[5].replace(",", "")) == pytest.approx(1000 / best, rel=0.3)
+
+
+@pytest.mark.slow
+def test_onnx_files_are_compared_with_pytorch(tmp_path, capsys, monkeypatch, few_real_images):
+    pytest.importorskip("onnxruntime", reason="runs the files that are compared")
+    path = Path("pretrained/mnist-1-step.safetensors").resolve()
+    assert onnx_variants.main(["--checkpoint", str(path), "--count", "60"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    rows = {row[0]: row[1:] for row in cells[1:]}
+    assert list(rows) == ["PyTorch", *(f"ONNX Runtime, {p}" for p in ("fp32", "fp16", "int8"))]
+    sizes = [float(rows[f"ONNX Runtime, {p}"][0]) for p in ("fp32", "fp16", "int8")]
+    assert sizes[0] > 1.7 * sizes[1] > 2.5 * sizes[2]
+    shares = {name: float(row[3].rstrip("%")) for name, row in rows.items()}
+    assert shares["PyTorch"] == 0
+    assert shares["ONNX Runtime, fp32"] < 1 < shares["ONNX Runtime, int8"]
+    assert float(rows["ONNX Runtime, fp32"][4].rstrip("%")) == 0
+    distances = [float(rows[n][2].split()[0]) for n in ("ONNX Runtime, fp32", "PyTorch")]
+    assert distances[0] == pytest.approx(distances[1], rel=0.01)
