@@ -1,4 +1,4 @@
-"""Kills train.py and distill.py, again and again, and sees that nothing is lost.
+"""Kills the scripts that train, again and again, and sees that nothing is lost.
 
 python -m tests.kills --kills 200: a run is killed (SIGKILL), started again, killed again, until it
 ends by itself; then its files must be those of an undisturbed run: weights, average, optimiser and
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import importlib.util
 import itertools
 import json
 import mmap
@@ -63,6 +64,15 @@ PRELOADED = [
     "matplotlib.figure",
     "PIL.PngImagePlugin",
 ]
+
+WITH_AUTOENCODER = importlib.util.find_spec("diffusers") is not None
+if WITH_AUTOENCODER:
+    WATCHED.append(("training.autoencoder", "write_autoencoder", "autoencoder"))
+    PRELOADED += [
+        "tools.train_autoencoder",
+        "training.autoencoder",
+        "diffusers.models.autoencoders",
+    ]
 
 
 class Watch:
@@ -129,7 +139,7 @@ class Watch:
 
 
 def start(watch: Watch, argv: list[str], log: Path, fatal=None, passed: Path | None = None) -> int:
-    """Forks a process that runs a script's main(argv) and returns its number."""
+    """Forks a process that runs main(argv[1:]) of the module argv[0], and returns its number."""
     watch.memory[:256] = b"start".ljust(256, b"\0")
     sys.stdout.flush()
     pid = os.fork()
@@ -142,7 +152,7 @@ def start(watch: Watch, argv: list[str], log: Path, fatal=None, passed: Path | N
         os.dup2(output, 2)
         watch.fatal = fatal
         watch.install()
-        code = importlib.import_module(argv[0].removesuffix(".py")).main(argv[1:])
+        code = importlib.import_module(argv[0]).main(argv[1:])
         if passed is not None:
             passed.write_text(json.dumps(watch.passed))
     except BaseException:
@@ -156,7 +166,7 @@ def start(watch: Watch, argv: list[str], log: Path, fatal=None, passed: Path | N
 def content(path: Path):
     """What must not change, of a file that a run has written."""
     if path.suffix == ".pt":
-        return digest(vars(load_checkpoint(path)))
+        return digest(vars(load_checkpoint(path, path.stem.startswith("autoencoder"))))
     if path.suffix == ".safetensors":
         return digest(load_file(path))
     if path.name == "metrics.jsonl":
@@ -183,7 +193,7 @@ def inside_a_save(place: str) -> bool:
 
 
 class Torture:
-    """The two scripts' undisturbed runs, and the kills.
+    """The scripts' undisturbed runs, and the kills.
 
     Raises AssertionError where something was lost.
     """
@@ -198,9 +208,15 @@ class Torture:
         config.write_text(yaml.safe_dump(values))
         teacher = folder / "undisturbed-train" / "diffusion-5.pt"
         self.commands = {
-            "train": ["train.py", "--config_path", str(config)],
-            "distill": ["distill.py", "--teacher_model_checkpoint", str(teacher)],
+            "train": ["train", "--config_path", str(config)],
+            "distill": ["distill", "--teacher_model_checkpoint", str(teacher)],
         }
+        if WITH_AUTOENCODER:
+            recipe = folder / "autoencoder.yaml"
+            sizes = {"channels": [8, 8, 8], "latent_channels": 2}
+            recipe.write_text(yaml.safe_dump(tiny(training=training, autoencoder=sizes)))
+            command = ["tools.train_autoencoder", "--config_path", str(recipe)]
+            self.commands["autoencoder"] = command
         self.places: Counter[str] = Counter()
         self.compared = 0
         self.seconds: dict[str, float] = {}
@@ -226,7 +242,7 @@ class Torture:
         """Starts a script as the shell does; returns the process's number."""
         with self.log.open("a") as log:
             return subprocess.Popen(
-                [sys.executable, *command],
+                [sys.executable, "-m", *command],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the forked ones: bit for bit
                 stdout=log,
@@ -309,7 +325,8 @@ class Torture:
         in_saves = itertools.cycle(saves)
         mixed = ((next(in_saves), next(in_saves), pair) for pair in itertools.cycle(others))
         plan = list(itertools.islice(itertools.chain.from_iterable(mixed), kills // 2))
-        anywhere = [(("train", "distill")[n % 2], "") for n in range(kills - len(plan))]
+        names = itertools.cycle(self.commands)
+        anywhere = [(next(names), "") for _ in range(kills - len(plan))]
         own = max(2, len(anywhere) // 10)
         work = [(*pair, False) for pair in plan]
         work += [(*pair, n < own) for n, pair in enumerate(anywhere)]

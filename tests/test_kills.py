@@ -1,4 +1,4 @@
-"""Twelve kills of train.py and distill.py; make torture does two hundred."""
+"""Twelve kills of the scripts that train; make torture does two hundred."""
 
 import os
 import re
