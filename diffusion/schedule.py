@@ -47,8 +47,8 @@ def level_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
-def on_device(levels: Tensor, device: torch.device) -> Tensor:
-    """Noise levels, of any shape, on the device and in its precision."""
+def on_device(levels: Float[Tensor, "*shape"], device: torch.device) -> Float[Tensor, "*shape"]:
+    """Noise levels on the device and in its precision."""
     return levels.to(level_dtype(device)).to(device)
 
 

@@ -44,7 +44,7 @@ def _fewer_real_images():
 
     def few(config):
         real = real_images(config)
-        return RealImages(real.reference[:1000], real.floor[:500], real.training[:1000])
+        return RealImages(real.reference[:2000], real.floor[:1000], real.training[:1000])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evaluation.gallery.real_images", few)
