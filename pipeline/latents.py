@@ -70,7 +70,7 @@ def with_codec(config: Config, where: object) -> Config:
         sizes, weights = read_folder(path)
         stored["digest"] = digest(weights)  # until it has a scale
     else:
-        if not path.exists():
+        if section.digest is None and not path.exists():  # of a model that is to be trained
             raise InputError(
                 f"{path}: codec.file: no such file; train an autoencoder first (python -m "
                 "tools.train_autoencoder --config_path configs/mnist_autoencoder.yaml)"

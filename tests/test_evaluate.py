@@ -32,6 +32,7 @@ from tools import publish
 from utils.processes import World
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.xdist_group("evaluate")  # the workshop is made once
 
 
 def run(script, *arguments):

@@ -199,6 +199,9 @@ def test_the_autoencoder_must_be_the_one_of_the_training(made, tmp_path, capsys)
     assert f"{other}: codec.file: not the autoencoder that the model was trained with" in line
     line = refused(capsys, distill, *command, f"codec.file={tmp_path / 'missing'}")
     assert f"{tmp_path / 'missing'}: no such autoencoder" in line
+    new = ("--config_path", config, "--output", tmp_path / "new", "--set")
+    line = refused(capsys, train, *new, f"codec.file={tmp_path / 'missing'}")
+    assert "no such file; train an autoencoder first (python -m tools.train_autoencoder" in line
     line = refused(
         capsys,
         train,
