@@ -67,14 +67,21 @@ class Measurer:
             "images": trained.images,
             "calls": trained.calls,
             "losses": losses_of(trained.path.parent) if self.teacher is None else [],
-            "held_out": self.held_out_loss(checkpoint) if self.sweep.held_out else None,
+            "held_out": self.held_out_loss(checkpoint) if self.held_out(trained) else None,
         }
         rows = []
-        for sampler, steps in ways_to_sample(self.sweep, checkpoint):
+        ways = ways_to_sample(self.sweep, checkpoint)
+        if trained.path == self.teacher:
+            ways = [(checkpoint.sampler or "ddim", checkpoint.num_steps or 1)]
+        for sampler, steps in ways:
             taken = milliseconds_per_image(checkpoint, trained.path, sampler, steps)
             row = {**about, "sampler": sampler, "steps": steps, "milliseconds": taken}
             rows.append(row | self.quality(trained.path, checkpoint, sampler, steps))
         return rows
+
+    def held_out(self, trained: Trained) -> bool:
+        """Whether the loss on test images is measured: not of the teacher, who has no teacher."""
+        return self.sweep.held_out and trained.path != self.teacher
 
     def quality(
         self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int

@@ -43,6 +43,7 @@ from utils.command import (
 from utils.files import write_text
 
 AGAIN = "-again"  # ends the name of a variant's second run
+TEACHER = "teacher"  # the name of the row of the students' teacher
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def compare(arguments: argparse.Namespace) -> None:
         arguments.output or Path("output") / arguments.name,
     )
     if not arguments.table:
+        bench.measure_teacher()
         wanted = arguments.only or list(sweep.variants)
         for name in wanted:
             bench.run(name, sweep.variants[name])
@@ -127,6 +129,7 @@ class Bench:
     def results(self) -> dict[str, Rows]:
         """The rows of all variants that have run."""
         names = [n for name in self.sweep.variants for n in (name, name + AGAIN)]
+        names += [] if self.sweep.base else [TEACHER]
         found = {name: self.result(name) for name in names}
         return {name: rows for name, rows in found.items() if rows is not None}
 
@@ -150,6 +153,17 @@ class Bench:
             if self.result(name) is None:
                 result = {"measure": self.measure(), "rows": self.rows(folder, trained)}
                 write_text(folder / "result.json", json.dumps(result) + "\n")
+
+    def measure_teacher(self) -> None:
+        """Measures the students' teacher in its own steps, if it has any and is not known yet."""
+        teacher = self.measurer.taught_by
+        if teacher is None or teacher.num_steps is None or self.teacher is None:
+            return
+        with locked(self.output / "locks" / TEACHER, wait=False) as alone:
+            if alone and self.result(TEACHER) is None:
+                rows = self.measurer.rows(Trained(self.teacher, 0, 0, 0))
+                result = {"measure": self.measure(), "rows": rows}
+                write_text(self.output / TEACHER / "result.json", json.dumps(result) + "\n")
 
     def rows(self, folder: Path, trained: list[Trained]) -> Rows:
         """Measures what was trained; trains and measures the students of it too, if asked for."""
@@ -300,6 +314,8 @@ def difference(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 def changes_of(sweep: Sweep, name: str) -> str:
     """What a variant changes, without the sections."""
+    if name == TEACHER:
+        return ""
     changes = sweep.variants[name.removesuffix(AGAIN)]
     seed = ["seed=1"] if name.endswith(AGAIN) else []
     keys_and_values = [change.partition("=") for change in [*changes, *seed]]
