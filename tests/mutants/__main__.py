@@ -37,7 +37,7 @@ def main() -> int:
 def noticed(patch: Path | None) -> bool:
     """Whether a test fails once the patch is applied; None for no patch."""
     files = subprocess.run(
-        ["git", "ls-files", "*.py", "*.toml", "*.npz", "*.msgpack"],
+        ["git", "ls-files", "*.py", "*.toml", "*.npz", "*.msgpack", "evaluation"],
         cwd=ROOT,
         check=True,
         capture_output=True,
