@@ -26,7 +26,7 @@ help:
 	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour)'
 	@echo 'make latency      milliseconds an image by model and batch, in PyTorch, ONNX and a browser (minutes)'
 	@echo 'make demo         serve the page in docs/demo: the models in your browser (needs no installation)'
-	@echo 'make gpu          tests and speed on a GPU (under ten minutes; DEVICE=cpu SMALL=1 tries it out)'
+	@echo 'make gpu          tests and speed on a GPU (about ten minutes; DEVICE=cpu SMALL=1 tries it out)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make test-demo    the page in a browser; installs Chromium where apt-get can'
@@ -115,7 +115,7 @@ pipeline: $(VENV)/.installed-dev
 		output/distilled/pipeline/student-25.pt output/distilled/pipeline/student-[15].pt --steps 125 25 5 1 \
 		--count 1000 --output output/pipeline-evaluation
 
-# On a rented machine with a GPU, in under ten minutes; as a test of itself: DEVICE=cpu SMALL=1
+# On a rented machine with a GPU, in about ten minutes; as a test of itself: DEVICE=cpu SMALL=1
 DEVICE ?= cuda
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(SMALL),--small --output output/gpu-small)
@@ -135,7 +135,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -rs -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -rs -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadscope
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -157,7 +157,11 @@ notebook: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.notebook
 
 lock: $(VENV)/.installed-dev
-	$(BIN)/python -m tools.lock
+	{ echo '# The exact versions that the tests last passed with, written by make lock. To install them:'; \
+		echo '# python -m pip install --requirement requirements.lock'; \
+		$(BIN)/python -m pip list --format=freeze --exclude pip --exclude-editable | LC_ALL=C sort -f; } \
+		> requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

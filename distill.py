@@ -64,13 +64,8 @@ def distill(arguments: argparse.Namespace) -> None:
     require_name(name, arguments.config_path or base_path)
     output = arguments.output or Path(f"output/distilled/{name}")
     file = arguments.initialise
-    for path in (base_path, *([] if file is None else [file])):
-        if path.parent.resolve() == output.resolve():
-            raise InputError(
-                f"{path}: is in {output}, with the results of its own run; give another folder "
-                "for those of this ladder (--output)"
-            )
     initial = None if file is None else (file, load_checkpoint(file))
+    require_elsewhere(output, base_path, *([] if file is None else [file]))
     config = with_codec(config, arguments.config_path or base_path)
     recipe = config.distillation
     with join_world(arguments.device) as world:
@@ -95,6 +90,16 @@ def distill(arguments: argparse.Namespace) -> None:
         f"{output}/ladder.md, comparison.png, ladder.png and loss.png beside it\n"
         f"next: python sample.py --checkpoint {output}/student-{teacher.num_steps}.pt"
     )
+
+
+def require_elsewhere(output: Path, *files: Path) -> None:
+    """Raises InputError if one of the files lies in the folder that the results go to."""
+    for path in files:
+        if path.parent.resolve() == output.resolve():
+            raise InputError(
+                f"{path}: is in {output}, with the results of its own run; give another folder "
+                "for those of this ladder (--output)"
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.command import (
     GO_ON,
@@ -15,6 +17,10 @@ from utils.command import (
     say,
     whole_number,
 )
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.config import Config
 
 DESCRIPTION = """\
 Draw images from checkpoints, all from the same noise, and compare them with real ones. Writes
@@ -55,6 +61,27 @@ def main(argv: list[str] | None = None) -> int:
     return run_script(parser, argv, evaluate, KEPT)
 
 
+def compared_with(
+    arguments: argparse.Namespace, checkpoints: "Mapping[Path, Checkpoint]"
+) -> "Config":
+    """Returns the config that names the real images: --config_path, or the first checkpoint's."""
+    from pipeline.config import load_config
+    from training.ladder import require_no_download
+
+    if arguments.config_path is not None:
+        config = load_config(arguments.config_path, [])
+    elif checkpoints:
+        config = next(iter(checkpoints.values())).config
+    else:
+        raise InputError("--checkpoint: give checkpoints, or --images with --config_path")
+    if arguments.data_root is not None:
+        data = config.data.model_copy(update={"root": str(arguments.data_root)})
+        return config.model_copy(update={"data": data})
+    if arguments.config_path is None:
+        require_no_download(config.data, next(iter(checkpoints)), "--data_root DIR")
+    return config
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Draws all images, then measures them and writes the tables."""
     from evaluation.comparison import draw_all, known_results, measure_all
@@ -69,58 +96,43 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.tables import markdown, summary
     from pipeline.checkpoint import load_checkpoint
     from pipeline.codec import open_codec
-    from pipeline.config import load_config
     from training.folder import require_no_run
-    from training.ladder import require_no_download
     from utils.files import make_folder
     from utils.processes import World, join_world
 
     output = arguments.output
     require_no_run(output)
-    asked = (arguments.precision, arguments.compile)
-    checkpoints = {
-        path: with_engine(load_checkpoint(path), *asked) for path in arguments.checkpoint
-    }
-    if arguments.config_path is not None:
-        config = load_config(arguments.config_path, [])
-    elif checkpoints:
-        config = next(iter(checkpoints.values())).config
-    else:
-        raise InputError("--checkpoint: give checkpoints, or --images with --config_path")
-    data = config.data
-    if arguments.data_root is not None:
-        data = data.model_copy(update={"root": str(arguments.data_root)})
-        config = config.model_copy(update={"data": data})
-    elif arguments.config_path is None:
-        require_no_download(data, next(iter(checkpoints)), "--data_root DIR")
-    require_same_data(checkpoints, data)
-    jobs = plan_jobs(
-        checkpoints,
-        arguments.sampler,
-        arguments.steps,
-        arguments.count,
-        arguments.max_calls,
-        arguments.guidance,
-    )
-    require_different_names(checkpoints, arguments.images)
-    files = {
-        path.stem: read_images(path, data.image_size, data.channels) for path in arguments.images
-    }
-    for name, images in files.items():
-        if len(images) < 10:
-            raise InputError(f"{name}: {len(images)} images; to measure takes at least 10")
     with join_world(arguments.device) as world:
+        asked = (world.device, arguments.precision, arguments.compile)
+        checkpoints = {
+            path: with_engine(load_checkpoint(path), *asked) for path in arguments.checkpoint
+        }
+        config = compared_with(arguments, checkpoints)
+        data = config.data
+        require_same_data(checkpoints, data)
+        jobs = plan_jobs(
+            checkpoints,
+            arguments.sampler,
+            arguments.steps,
+            arguments.count,
+            arguments.max_calls,
+            arguments.guidance,
+        )
+        require_different_names(checkpoints, arguments.images)
+        files = {
+            path.stem: read_images(path, data.image_size, data.channels)
+            for path in arguments.images
+        }
         extract = make_extractor(
             arguments.features or ("digits" if data.name in DIGITS else "inception"), world.device
         )
         gallery = Gallery(output / "images", world, arguments.seed, arguments.batch_size)
         real = real_images(config)
+        # Both raise InputError, before hours of drawing.
         for checkpoint in checkpoints.values():
-            open_codec(
-                checkpoint.config.codec, world.device
-            )  # raises InputError before hours of drawing
+            open_codec(checkpoint.config.codec, world.device)
         make_folder(output)
-        known_results(output, extract, real)  # raises InputError before hours of drawing
+        known_results(output, extract, real)
         draw_all(jobs, gallery)
         if not world.leads:
             return

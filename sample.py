@@ -46,7 +46,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Draws and writes the images that the command line asks for."""
     from pipeline.build import load_denoiser
     from pipeline.checkpoint import load_checkpoint
-    from pipeline.engine import asked_engine, sampling_engine
+    from pipeline.engine import asked_engine
     from pipeline.sample_files import write_folder, write_grid, write_npz
     from pipeline.sampling import SampleRequest
     from training.folder import require_output
@@ -56,12 +56,12 @@ def sample(arguments: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(path)
     if arguments.trajectory and count is not None:
         raise InputError("--trajectory: goes with a grid, not with --count")
-    engine = asked_engine(checkpoint.config.engine, arguments.precision, arguments.compile)
+    asked = (arguments.precision, arguments.compile)
     with join_world(arguments.device) as world:
-        device = world.device
+        engine = asked_engine(checkpoint.config.engine, world.device, *asked)
         request = SampleRequest.of(
             checkpoint,
-            load_denoiser(checkpoint, path, device, sampling_engine(engine, device)),
+            load_denoiser(checkpoint, path, world.device, engine),
             world,
             steps=arguments.steps,
             sampler=arguments.sampler,

@@ -62,26 +62,29 @@ class Measurer:
         """What is measured of a checkpoint: a row for each way of sampling it."""
         checkpoint = load_checkpoint(trained.path)
         about = {
-            "parameters": sum(tensor.numel() for tensor in checkpoint.model.values()),
             "updates": trained.updates,
             "images": trained.images,
             "calls": trained.calls,
             "losses": losses_of(trained.path.parent) if self.teacher is None else [],
-            "held_out": self.held_out_loss(checkpoint) if self.held_out(trained) else None,
+            "held_out": self.held_out_loss(checkpoint) if self.sweep.held_out else None,
         }
-        rows = []
         ways = ways_to_sample(self.sweep, checkpoint)
-        if trained.path == self.teacher:
-            ways = [(checkpoint.sampler or "ddim", checkpoint.num_steps or 1)]
-        for sampler, steps in ways:
-            taken = milliseconds_per_image(checkpoint, trained.path, sampler, steps)
-            row = {**about, "sampler": sampler, "steps": steps, "milliseconds": taken}
-            rows.append(row | self.quality(trained.path, checkpoint, sampler, steps))
-        return rows
+        return [about | self.row(trained.path, checkpoint, *way) for way in ways]
 
-    def held_out(self, trained: Trained) -> bool:
-        """Whether the loss on test images is measured: not of the teacher, who has no teacher."""
-        return self.sweep.held_out and trained.path != self.teacher
+    def teacher_row(self, path: Path, teacher: Checkpoint, steps: int) -> dict[str, Any]:
+        """What is measured of the students' teacher, a student itself."""
+        nothing = {"updates": 0, "images": 0, "calls": 0, "losses": [], "held_out": None}
+        return nothing | self.row(path, teacher, teacher.sampler or "ddim", steps)
+
+    def row(self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int) -> dict[str, Any]:
+        """What is measured of one way of sampling a checkpoint."""
+        return {
+            "parameters": sum(tensor.numel() for tensor in checkpoint.model.values()),
+            "sampler": sampler,
+            "steps": steps,
+            "milliseconds": milliseconds_per_image(checkpoint, path, sampler, steps),
+            **self.quality(path, checkpoint, sampler, steps),
+        }
 
     def quality(
         self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int

@@ -161,8 +161,8 @@ class Bench:
             return
         with locked(self.output / "locks" / TEACHER, wait=False) as alone:
             if alone and self.result(TEACHER) is None:
-                rows = self.measurer.rows(Trained(self.teacher, 0, 0, 0))
-                result = {"measure": self.measure(), "rows": rows}
+                row = self.measurer.teacher_row(self.teacher, teacher, teacher.num_steps)
+                result = {"measure": self.measure(), "rows": [row]}
                 write_text(self.output / TEACHER / "result.json", json.dumps(result) + "\n")
 
     def rows(self, folder: Path, trained: list[Trained]) -> Rows:

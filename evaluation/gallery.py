@@ -30,6 +30,7 @@ from utils.processes import World
 from utils.randomness import generator
 
 CHUNK = 125  # images per file
+LEAST_IMAGES = 10  # from elsewhere: twice evaluation.quality.NOISE_SETS
 LARGEST_ARRAY = 2**32  # bytes read from an .npz: more than 300,000 images of 64x64x3
 DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the classifier can be used on
 
@@ -157,7 +158,8 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
         error = next((item for item in found if isinstance(item, InputError)), None)
         if error is not None:
             raise error
-        return _shuffled([item[0] for item in found if not isinstance(item, InputError)])
+        images = [item[0] for item in found if not isinstance(item, InputError)]
+        return _shuffled(path, images)
     try:
         require_regular_file(path)
         with zipfile.ZipFile(path) as archive:
@@ -181,10 +183,12 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
             f"{path}: arr_0 is {array.shape}; to compare takes (N, {image_size}, {image_size}, "
             f"{channels}), as the real images are"
         )
-    return _shuffled(list(torch.from_numpy(array).permute(0, 3, 1, 2)))
+    return _shuffled(path, list(torch.from_numpy(array).permute(0, 3, 1, 2)))
 
 
-def _shuffled(images: list[Tensor]) -> Tensor:
+def _shuffled(path: Path, images: list[Tensor]) -> Tensor:
+    if len(images) < LEAST_IMAGES:
+        raise InputError(f"{path}: {len(images)} images; to measure takes at least {LEAST_IMAGES}")
     order = torch.randperm(len(images), generator=generator("cpu", "elsewhere"))
     return torch.stack([images[n] for n in order.tolist()])
 

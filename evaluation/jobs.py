@@ -6,6 +6,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from evaluation.quality import NOISE_SETS
 from evaluation.results import Key, Row
 from pipeline.checkpoint import Checkpoint, digest
@@ -34,10 +36,10 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The name of the file, and how its network is run if somebody has asked for that."""
-        engine = self.checkpoint.config.engine
-        asked = engine.cpu_sampling and engine.precision != "fp32"
-        return f"{self.path.stem}, {engine.precision}" if asked else self.path.stem
+        """The name of the file, and the precision of its network if that is reduced."""
+        engine = self.checkpoint.config.engine  # of with_engine
+        reduced = engine.cpu_sampling and engine.precision != "fp32"
+        return f"{self.path.stem}, {engine.precision}" if reduced else self.path.stem
 
     @property
     def title(self) -> str:
@@ -87,9 +89,11 @@ def plan_jobs(
     return jobs
 
 
-def with_engine(checkpoint: Checkpoint, precision: str | None, compiled: bool) -> Checkpoint:
-    """Returns the checkpoint with the engine that the command line asks for."""
-    engine = asked_engine(checkpoint.config.engine, precision, compiled)
+def with_engine(
+    checkpoint: Checkpoint, device: torch.device, precision: str | None, compiled: bool
+) -> Checkpoint:
+    """Returns the checkpoint with its engine as it is run on the device: see asked_engine."""
+    engine = asked_engine(checkpoint.config.engine, device, precision, compiled)
     return replace(checkpoint, config=checkpoint.config.model_copy(update={"engine": engine}))
 
 

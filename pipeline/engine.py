@@ -27,12 +27,17 @@ def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
     return engine.model_copy(update={"precision": "fp32", "compile": False})
 
 
-def asked_engine(engine: EngineConfig, precision: str | None, compiled: bool) -> EngineConfig:
-    """Returns the engine with what a command line asks for, on any device. None: nothing."""
-    if precision is None and not compiled:
-        return engine
-    asked = {"precision": precision or "fp32", "compile": compiled, "cpu_sampling": True}
-    return engine.model_copy(update=asked)
+def asked_engine(
+    engine: EngineConfig, device: torch.device, precision: str | None, compiled: bool
+) -> EngineConfig:
+    """Returns what sampling_engine does, but for what a command line asks for; it is final."""
+    default = sampling_engine(engine, device)
+    asked = {
+        "precision": precision or default.precision,
+        "compile": compiled or default.compile,
+        "cpu_sampling": True,
+    }
+    return default.model_copy(update=asked)
 
 
 def accelerated(

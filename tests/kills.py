@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import digest, load_checkpoint
+from tests.processes import end_with
 from tests.toys import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -145,22 +145,17 @@ def start(watch: Watch, argv: list[str], log: Path, fatal=None, passed: Path | N
     pid = os.fork()
     if pid:
         return pid
-    code = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+
+    def work() -> int:
         watch.fatal = fatal
         watch.install()
         code = importlib.import_module(argv[0]).main(argv[1:])
         if passed is not None:
             passed.write_text(json.dumps(watch.passed))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return code
+
+    end_with(work, log)
+    raise AssertionError("the process has ended")
 
 
 def content(path: Path):

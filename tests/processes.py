@@ -4,9 +4,11 @@ torchrun's processes load torch and all the rest anew; these are forked from one
 """
 
 import importlib
+import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -85,19 +87,42 @@ def fewer_real_images():
 def _run(around, log, module, arguments, before):
     import torch
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     os.environ.update(around)
     torch.set_num_threads(1)
-    code = 1
-    try:
+
+    def work():
         if before is not None:
             before()
-        code = importlib.import_module(module).main(arguments)
+        return importlib.import_module(module).main(arguments)
+
+    end_with(work, log)
+
+
+def end_with(work, log):
+    """Ends this process, a fork, with the exit code of work(); what it prints goes to log."""
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = work()
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run_alone(module, *commands):
+    """Runs main() of a module with each of the commands, in one process of its own.
+
+    For what goes badly with the run-time checks of shapes in the tests. Returns what it printed.
+    """
+    program = f"import json, sys; from {module} import main\n"
+    program += "for arguments in json.loads(sys.argv[1]): assert main(arguments) == 0"
+    command = [sys.executable, "-c", program, json.dumps(commands)]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout

@@ -332,6 +332,8 @@ def test_what_the_time_does_not_suffice_for_is_named(tmp_path, monkeypatch):
 def test_the_share_of_a_known_gpus_peak(monkeypatch):
     monkeypatch.setattr(gpu, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert gpu.peaks_of(torch.device("cpu"))["bf16"] == 989.0
+    monkeypatch.setattr(gpu, "device_name", lambda device: "NVIDIA H100 PCIe")
+    assert gpu.peaks_of(torch.device("cpu"))["bf16"] == 756.0
     row = {"config": "x", "batch_size": 2, "way": "bf16", "training": 1000.0}
     shown = gpu.table([{**row, "training_utilisation": 0.25}, {**row, "problem": "out of memory"}])
     assert "| 1,000 (25%) |" in shown

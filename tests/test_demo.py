@@ -27,7 +27,6 @@ pytest.importorskip("selenium", reason="drives the browser: pip install selenium
 
 from selenium.webdriver import ActionChains, Keys
 
-pytestmark = pytest.mark.xdist_group("demo")  # one browser
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None,
     reason="no chromium and chromedriver: make test-demo installs them",

@@ -22,7 +22,6 @@ from utils.command import InputError
 from utils.processes import join_world
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("torchrun")  # what they share is made once
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -32,7 +32,6 @@ from tools import publish
 from utils.processes import World
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.xdist_group("evaluate")  # the workshop is made once
 
 
 def run(script, *arguments):
@@ -219,7 +218,7 @@ def test_rows_name_the_precision_that_was_asked_for(workshop):
     gallery = Gallery(Path(), World(CPU), seed=0, batch_size=125)
 
     def found(precision, compiled):
-        checkpoint = with_engine(stored, precision, compiled)
+        checkpoint = with_engine(stored, CPU, precision, compiled)
         (job,) = plan_jobs({path: checkpoint}, ["ddim"], [2], 20, None)
         return job.key.name, gallery.key(checkpoint, "ddim", 2)
 

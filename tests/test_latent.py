@@ -263,7 +263,6 @@ def test_a_folder_of_diffusers_becomes_a_file_of_the_run(made, tmp_path, capsys)
     assert "codec.file: a folder, but the model was trained with a file" in line
 
 
-@pytest.mark.xdist_group("torchrun")
 def test_two_processes_train_what_one_trains(made, tmp_path):
     folder, _ = made
     ae, latent = write_configs(tmp_path, folder / "ae" / FILE)

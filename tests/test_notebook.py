@@ -10,7 +10,6 @@ pytest.importorskip("ipykernel", reason="ipykernel is not installed")
 
 from tests.notebook import NOTEBOOK, ROOT, executed
 
-pytestmark = pytest.mark.xdist_group("notebook")  # it is run once
 BOUND = 0.2  # of the one-step student's distance to the teacher's ends, in the plane
 FIGURES = """
 import json

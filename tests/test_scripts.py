@@ -24,7 +24,7 @@ import train
 from pipeline.build import build_network
 from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
 from pipeline.config import make_config, override
-from pipeline.engine import sampling_engine
+from pipeline.engine import asked_engine, sampling_engine
 from tests.toys import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -391,8 +391,17 @@ def test_a_checkpoint_of_a_gpu_is_sampled_eagerly_in_float32_on_a_cpu(
         assert run(sample, "--checkpoint", checkpoint, "--count", 2, "--output", out) == 0
         images.append(np.load(out)["arr_0"])
     assert np.array_equal(*images)
-    engine = load_checkpoint(path).config.engine
-    assert sampling_engine(engine, torch.device("cuda:0")) == engine
+    engine, gpu = load_checkpoint(path).config.engine, torch.device("cuda:0")
+    assert sampling_engine(engine, gpu) == engine
+    for asked, precision, compiled in (
+        ((gpu, None, False), "bf16", True),
+        ((gpu, "fp32", False), "fp32", True),
+        ((torch.device("cpu"), None, True), "fp32", True),
+        ((torch.device("cpu"), "bf16", False), "bf16", False),
+    ):
+        found = asked_engine(engine, *asked)
+        assert (found.precision, found.compile) == (precision, compiled)
+        assert sampling_engine(found, torch.device("cpu")) == found, "asked for, so it stays"
 
 
 def test_a_cpu_samples_in_another_precision_if_asked_to(workshop, tmp_path, monkeypatch, capsys):

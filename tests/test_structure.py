@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import typing
 from collections.abc import Callable
@@ -44,6 +45,15 @@ def test_imports_only_point_down(module):
     assert {name.split(".")[0] for name in imports(module)} <= set(below) - NOT_FOR_THE_PRODUCT | {
         room
     }
+
+
+def test_the_readme_lists_every_file():
+    listed = (ROOT / "README.md").read_text().partition("## How the code is laid out")[2]
+    tree = listed.partition("```\n")[2].partition("```")[0]
+    rooms = dict(zip(*[iter(re.split(r"(?m)^(\w+)/ .*\n", tree)[1:])] * 2, strict=True))
+    for room in ROOMS:
+        files = re.findall(r"(?m)^  (\w+)\.py ", rooms[room])
+        assert sorted(files) == sorted(m.name for m in MODULES if m.parts[0] == room), room
 
 
 def test_no_imports_go_round_in_a_circle():

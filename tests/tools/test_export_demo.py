@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from pipeline.checkpoint import Checkpoint, load_checkpoint, progressive_student
 from pipeline.config import make_config
 from pipeline.network import build_network
 from tests.models.test_unet import awake
+from tests.processes import run_alone
 from tests.toys import tiny
 from tools import export_demo
 
@@ -21,16 +20,8 @@ pytest.importorskip("onnx", reason="exports to ONNX")
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs ONNX files")
 pytest.importorskip("onnxscript", reason="exports to ONNX")
 
-pytestmark = pytest.mark.xdist_group("onnx")  # one process exports
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-# In one process of its own: tracing goes badly with the run-time checks of shapes in the tests.
-PROGRAM = """
-import json, sys
-from tools import export_demo
-for arguments in json.loads(sys.argv[1]):
-    assert export_demo.main(arguments) == 0
-"""
 
 
 def network(path, steps=None, seed=0, data=None, **model):
@@ -72,10 +63,7 @@ def files(tmp_path_factory):
         ["--checkpoint", *plain, *rest, str(found["one"])],
         ["--checkpoint", *plain[::-1], *rest, str(found["two"])],
     ]
-    command = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "written: " in result.stdout
+    assert "written: " in run_alone("tools.export_demo", *commands)
     return found
 
 

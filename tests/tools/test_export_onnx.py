@@ -1,8 +1,5 @@
 """ONNX files give what PyTorch gives, and only those of this project are read."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from pipeline.config import make_config
 from pipeline.network import build_network
 from pipeline.sampling import SampleRequest
 from tests.models.test_unet import awake
+from tests.processes import run_alone
 from tests.toys import tiny
 from tools import export_onnx
 from tools.onnx_file import read_onnx
@@ -25,16 +23,8 @@ onnx = pytest.importorskip("onnx", reason="exports to ONNX")
 pytest.importorskip("onnxruntime", reason="runs ONNX files")
 pytest.importorskip("onnxscript", reason="exports to ONNX")
 
-pytestmark = pytest.mark.xdist_group("onnx")  # one process exports
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-# In one process of its own: tracing goes badly with the run-time checks of shapes in the tests.
-PROGRAM = """
-import json, sys
-from tools import export_onnx
-for arguments in json.loads(sys.argv[1]):
-    assert export_onnx.main(arguments) == 0
-"""
 
 
 def student(path, num_steps, **model):
@@ -65,9 +55,7 @@ def files(tmp_path_factory):
     }
     found = {name: folder / f"{name}.onnx" for name in exports}
     commands = [[*map(str, a), "--output", str(found[n])] for n, a in exports.items()]
-    command = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_alone("tools.export_onnx", *commands)
     return found | {"plain.pt": plain, "guided.pt": guided}
 
 

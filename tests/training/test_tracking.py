@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tensorboard.backend.event_processing import event_accumulator
 
 import distill
 import train
 from pipeline.config import make_config
 from pipeline.data import MemoryDataset, open_dataset
+from tests.test_scripts import run, write_config
 from tests.toys import tiny
 from training.metrics import read_metrics
 from training.stage import base_stage
@@ -79,16 +79,6 @@ def noted(folder, what):
     path = folder / "noted.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [entry for entry in entries if entry.pop("what") == what]
-
-
-def write_config(folder, **sections):
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny(**sections)))
-    return path
-
-
-def run(script, *arguments):
-    return script.main([str(a) for a in arguments])
 
 
 def curves(folder):
