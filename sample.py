@@ -83,7 +83,8 @@ def sample(arguments: argparse.Namespace) -> None:
             written = write_npz(output, request, count)
         else:
             written = write_folder(output, request, count)
-    say(f"{request.num_steps} steps of {request.sampler}: {', '.join(map(str, written))}")
+    steps = "1 step" if request.num_steps == 1 else f"{request.num_steps} steps"
+    say(f"{steps} of {request.sampler}: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

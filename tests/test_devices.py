@@ -75,6 +75,16 @@ def test_noise_levels_are_those_of_the_cpu():
     )
 
 
+def test_levels_without_float64_are_computed_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("diffusion.schedule.NO_FLOAT64", (DEVICE.type,))
+    t = torch.linspace(0.9999, 1, 33, device=DEVICE)
+    wanted = COSINE(t.cpu().double())
+    levels = levels_at(COSINE, t)
+    assert levels.dtype == torch.float32
+    torch.testing.assert_close(levels.cpu().double(), wanted, rtol=1e-6, atol=1e-5)
+    assert (COSINE(t.cpu()).double() - wanted).abs().max() > 1e-4, "why float32 is not enough"
+
+
 def test_targets_are_those_of_the_cpu():
     paths = neighbours(uniform_grid(COSINE, 8), uniform_grid(COSINE, 4))
     z = torch.randn(4, 1, 32, 32)

@@ -194,3 +194,16 @@ def test_a_student_begins_with_another_one_of_its_steps(workshop, tmp_path, caps
     wider = f"distillation.student={{{sizes}}}"
     line = refused(capsys, distill, *other, "--initialise", file, "--set", wider)
     assert f"{file}: model.channels is 8 there, but 16 in this run" in line
+
+
+def test_a_student_with_another_network_begins_with_one_like_it(workshop, tmp_path):
+    sizes = "channels: 16, channel_multipliers: [1, 2], attention_resolutions: [4], patch_size: 4"
+    given = ("--teacher_model_checkpoint", workshop["base"], "--set", "distillation.ladder=[8,4]")
+    given = (*given, f"distillation.student={{{sizes}}}")
+    first, second = (tmp_path / name / "student-4.pt" for name in ("first", "second"))
+    assert run(distill, *given, "--output", first.parent) == 0
+    again = (*given, "distillation.learning_rate=1e-30", "--initialise", first)
+    assert run(distill, *again, "--output", second.parent) == 0
+    began = load_checkpoint(first).weights
+    for name, tensor in load_checkpoint(second).weights.items():
+        torch.testing.assert_close(tensor, began[name], rtol=0, atol=1e-20)
