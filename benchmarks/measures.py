@@ -52,6 +52,7 @@ class Measurer:
     teacher: Path | None
     count: int
     output: Path
+    device: torch.device
 
     @cached_property
     def taught_by(self) -> Checkpoint | None:
@@ -82,7 +83,7 @@ class Measurer:
             "parameters": sum(tensor.numel() for tensor in checkpoint.model.values()),
             "sampler": sampler,
             "steps": steps,
-            "milliseconds": milliseconds_per_image(checkpoint, path, sampler, steps),
+            "milliseconds": self.milliseconds(checkpoint, path, sampler, steps),
             **self.quality(path, checkpoint, sampler, steps),
         }
 
@@ -114,9 +115,9 @@ class Measurer:
         }
 
     def samples(self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int) -> Tensor:
-        """Samples, drawn on the CPU; those of all checkpoints start from the same noise."""
+        """Samples; those of all checkpoints start from the same noise."""
         where = path.parent.name
-        drawn = gallery.Gallery(self.output / "samples" / where, World(torch.device("cpu")), 0, 125)
+        drawn = gallery.Gallery(self.output / "samples" / where, World(self.device), 0, 125)
         with locked(self.output / "locks" / f"samples-{where}", wait=True):
             return drawn.images(checkpoint, path, sampler, steps, self.count)
 
@@ -130,8 +131,16 @@ class Measurer:
     @cached_property
     def extractor(self) -> tuple[Extractor, Features]:
         """The extractor of features, and those of the real images."""
-        extract = make_extractor("digits", torch.device("cpu"))
+        extract = make_extractor("digits", self.device)
         return extract, extract(self.real, "features of real images")
+
+    def milliseconds(
+        self, checkpoint: Checkpoint, path: Path, sampler: str, steps: int
+    ) -> float | None:
+        """The CPU time of sampling an image; None on another device."""
+        if self.device.type != "cpu":
+            return None
+        return milliseconds_per_image(checkpoint, path, sampler, steps)
 
     def held_out_loss(self, student: Checkpoint) -> float:
         """The loss, weighted by max(1, SNR), on test images, with the same draws for all."""

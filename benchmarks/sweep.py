@@ -1,15 +1,15 @@
 """Compares variants of a recipe in equal CPU time: python -m benchmarks.sweep NAME.
 
 Each variant is trained by train.py or distill.py for as many updates as fit into the same CPU time
-of one thread (timed on a few updates of its own), and its samples are measured. Run the same
-command again to go on. Several processes may run it side by side: each takes a variant that no
-other one is working on.
+of one thread (timed on a few updates of its own), and its samples are measured. With --updates, a
+base model is trained for so many instead, on any device. Run the same command again to go on.
+Several processes may run it side by side: each takes a variant that no other one is working on.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -23,17 +23,19 @@ from benchmarks.measures import Measurer, Rows, Trained, locked
 from benchmarks.sweeps import SWEEPS, Sweep
 from benchmarks.timing import timed_stages
 from evaluation.frechet import compare_distances
-from pipeline.checkpoint import digest
+from pipeline.checkpoint import Checkpoint, digest
 from pipeline.config import Config, load_config
 from pipeline.latents import with_codec
 from training.ladder import distillation_config
 from training.metrics import read_metrics
+from training.stage import base_stage
 from utils.command import (
     GO_ON,
     INTERRUPTED,
     OK,
     InputError,
     Stopped,
+    add_device_argument,
     parse,
     path_name,
     run_command,
@@ -41,6 +43,7 @@ from utils.command import (
     whole_number,
 )
 from utils.files import write_text
+from utils.processes import choose_device
 
 AGAIN = "-again"  # ends the name of a variant's second run
 TEACHER = "teacher"  # the name of the row of the students' teacher
@@ -54,9 +57,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--only", nargs="+", metavar="VARIANT", help="some of the variants")
     add("--checkpoint", type=path_name, metavar="TEACHER.pt", help="the teacher of all students")
     add("--seconds", type=whole_number(1, 2**20), help="of CPU time for each variant")
+    add("--updates", type=whole_number(1, 2**31), help="of base models, instead of a time")
+    add(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="in all variants"
+    )
     add("--count", type=whole_number(20, 10**7), help="samples of each")
     add("--output", type=path_name, metavar="DIR", help="by default output/NAME")
     add("--table", action="store_true", help="only print what is known so far")
+    add_device_argument(parser)
+    parser.set_defaults(device="cpu")
     arguments = parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
@@ -74,12 +83,18 @@ def compare(arguments: argparse.Namespace) -> None:
     teacher = None if sweep.base else arguments.checkpoint or sweep.teacher
     if not (sweep.base or teacher or arguments.table):
         raise InputError(f"--checkpoint: missing; name the teacher of {arguments.name}")
+    if arguments.updates and sweep.base is None:
+        raise InputError(f"--updates: {arguments.name} has students; give --seconds instead")
+    budget = {"seconds": arguments.seconds or sweep.seconds}
+    if arguments.updates:
+        budget = {"updates": arguments.updates}
     bench = Bench(
-        sweep,
+        replace(sweep, common=[*sweep.common, *arguments.set]),
         teacher,
-        arguments.seconds or sweep.seconds,
+        budget,
         arguments.count or sweep.count,
         arguments.output or Path("output") / arguments.name,
+        choose_device(arguments.device),
     )
     if not arguments.table:
         bench.measure_teacher()
@@ -94,24 +109,28 @@ def compare(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """A sweep that runs. teacher: file of the students' teacher; None where base models train."""
+    """A sweep that runs. teacher: file of the students' teacher; None where base models train.
+
+    budget: of each variant: {"seconds": of CPU time} or {"updates": their number}.
+    """
 
     sweep: Sweep
     teacher: Path | None
-    seconds: int
+    budget: dict[str, int]
     count: int
     output: Path
+    device: torch.device
 
     @cached_property
     def measurer(self) -> Measurer:
         """Measures what was trained."""
-        return Measurer(self.sweep, self.teacher, self.count, self.output)
+        return Measurer(self.sweep, self.teacher, self.count, self.output, self.device)
 
     # --- what is known ----------------------------------------------------------------------------
 
     def measure(self) -> dict[str, Any]:
         """What a result depends on, beside the variant and the teacher."""
-        return {"seconds": self.seconds, "samples": self.count, "steps": list(self.sweep.steps)}
+        return {**self.budget, "samples": self.count, "steps": list(self.sweep.steps)}
 
     def result(self, name: str) -> Rows | None:
         """The rows of a variant, none if its training diverged, None if it has not run."""
@@ -122,7 +141,8 @@ class Bench:
         if result["measure"] != self.measure():
             was = ", ".join(f"{value} {key}" for key, value in result["measure"].items())
             raise InputError(
-                f"{path}: of {was}; ask for the same (--seconds, --count), or give another --output"
+                f"{path}: of {was}; ask for the same (--seconds, --updates, --count), or give "
+                "another --output"
             )
         return result["rows"]  # type: ignore[no-any-return]
 
@@ -170,7 +190,7 @@ class Bench:
         rows = [row for one in trained for row in self.measurer.rows(one)]
         if trained and self.sweep.students is not None:
             sweep, teacher = self.sweep.students, trained[-1].path
-            taught = Bench(sweep, teacher, self.seconds, self.count, self.output)
+            taught = replace(self, sweep=sweep, teacher=teacher)
             folder = folder / "students"
             rows += taught.rows(folder, taught.train(folder, []))
         return rows
@@ -180,7 +200,7 @@ class Bench:
         given = self.overrides(changes)
         stages = self.plan(folder, given)
         updates = [stage["updates"] for stage in stages]
-        command = ["--output", str(folder), "--device", "cpu"]
+        command = ["--output", str(folder), "--device", str(self.device)]
         if self.teacher is None:
             main, files = train.main, [f"diffusion-{updates[0]}.pt"]
             command += ["--config_path", str(self.sweep.base), "--set", *given]
@@ -213,25 +233,34 @@ class Bench:
         return [*ladder, "distillation.updates_per_stage=1", *self.sweep.common, *changes]
 
     def plan(self, folder: Path, overrides: list[str]) -> Rows:
-        """The stages of a variant with the updates that fit into the time; kept in plan.json.
+        """The stages of a variant with the updates that its budget allows; kept in plan.json.
 
         Stages share the time in proportion to the updates that the config gives them.
         """
         path = folder / "plan.json"
         teacher = self.measurer.taught_by
         weights = None if teacher is None else digest(teacher.weights)
-        made_for = {"seconds": self.seconds, "teacher": weights, "overrides": overrides}
+        made_for = {**self.budget, "teacher": weights, "overrides": overrides}
         if not path.exists():
-            stages = timed_stages(self.config(overrides), teacher, self.seconds / 30)
-            total = sum(stage["updates"] * stage["seconds"] for stage in stages)
-            for stage in stages:
-                stage["updates"] = max(1, int(stage["updates"] * self.seconds / total))
+            stages = self.stages(self.config(overrides), teacher)
             write_text(path, json.dumps({"made_for": made_for, "stages": stages}) + "\n")
         plan = json.loads(path.read_text())
         for key, value in made_for.items():
-            if plan["made_for"][key] != value:
+            if plan["made_for"].get(key) != value:
                 raise InputError(f"{path}: made for other {key}; give another --output")
         return plan["stages"]  # type: ignore[no-any-return]
+
+    def stages(self, config: Config, teacher: Checkpoint | None) -> Rows:
+        """The stages of a config, each with its number of updates."""
+        if (updates := self.budget.get("updates")) is not None:
+            stage = base_stage(config)
+            return [{"updates": updates, "batch_size": stage.batch_size, "calls": 1}]
+        seconds = self.budget["seconds"]
+        stages = timed_stages(config, teacher, seconds / 30)
+        total = sum(stage["updates"] * stage["seconds"] for stage in stages)
+        return [
+            stage | {"updates": max(1, int(stage["updates"] * seconds / total))} for stage in stages
+        ]
 
     def config(self, overrides: list[str]) -> Config:
         """The config of a variant."""

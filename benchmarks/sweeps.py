@@ -120,7 +120,8 @@ TEACHERS = Sweep(
             ("both", "constant"),
             ("v", "constant"),
         )
-    },
+    }
+    | {"v-snr_plus_one-features": model(input_features=[7, 8])},
     seconds=900,
     count=2000,
     steps=(64,),

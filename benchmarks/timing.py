@@ -63,7 +63,7 @@ def seconds_per_update(
     trainee = make_trainee(network, stage, run.world)
     objective = make_objective(run, stage, trainee, start, teacher)
     endless = replace(stage, updates=2**31)
-    updates = train_updates(trainee, endless, run.dataset, objective, run.world)
+    updates = train_updates(trainee, endless, run.dataset, objective, run.world, codec=run.codec)
     for _ in islice(updates, 2):
         pass
     begun = time.process_time()

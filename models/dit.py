@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.conditioning import Conditioned
-from models.layers import linear
+from models.layers import attend, linear
 from utils.values import Fraction, Positive, Section
 
 TIME_FEATURES = 256  # sinusoids of the noise level, as in the paper's code
@@ -112,7 +112,7 @@ class Block(nn.Module):
         q, k, v = rearrange(
             h, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads
         )
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        h = rearrange(attend(q, k, v), "b heads n d -> b n (heads d)")
         x = x + gate1[:, None] * self.dropout(self.out(h))
         h = F.gelu(self.mlp_in(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
         return x + gate2[:, None] * self.dropout(self.mlp_out(h))

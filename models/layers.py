@@ -170,6 +170,20 @@ class ResBlock(nn.Module):
         return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
 
 
+def attend(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"]
+) -> Float[Tensor, "b h n d"]:
+    """Returns softmax(q k / sqrt(width)) v (Vaswani et al. 2017).
+
+    bfloat16 is computed in float32 on a CPU, where PyTorch's backward pass of it takes several
+    times as long in bfloat16.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
 class Attention(nn.Module):
     """Self-attention over all pixels, with a residual connection (Vaswani et al. 2017).
 
@@ -189,6 +203,6 @@ class Attention(nn.Module):
         q, k, v = rearrange(
             self.qkv(tokens), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attend(q, k, v)
         out = self.out(rearrange(attended, "b heads n d -> b n (heads d)"))
         return x + rearrange(out, "b (h w) c -> b c h w", h=x.shape[2])

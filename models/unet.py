@@ -1,5 +1,6 @@
 """The UNet of Salimans & Ho 2022 and of its JAX code, with every size an argument."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -125,7 +126,8 @@ class UNet(Conditioned):
     is followed by attention, with attention_heads heads or, if given, with heads of width
     attention_head_dim. resample: block (in a residual block), conv or plain (2x2 average pooling
     and nearest neighbour, without weights). patch_size p folds p x p pixels into channels first
-    and unfolds them last. num_classes, guidance: see Conditioned.
+    and unfolds them last. num_classes, guidance: see Conditioned. input_features: n for each
+    sin(2^n pi z) and cos(2^n pi z) beside z, which show small differences (Kingma et al. 2021).
     """
 
     def __init__(
@@ -146,10 +148,11 @@ class UNet(Conditioned):
         patch_size: int,
         num_classes: int | None,
         guidance: bool = False,
+        input_features: Sequence[int] = (),
     ) -> None:
         embedding_channels = embedding_channels or 4 * channels
         super().__init__(channels, embedding_channels, num_classes, guidance)
-        self.patch_size = patch_size
+        self.patch_size, self.input_features = patch_size, input_features
         parts = Parts(embedding_channels, dropout, attention_heads, attention_head_dim, resample)
         widths = [channels * multiplier for multiplier in channel_multipliers]
         attends = [
@@ -157,7 +160,8 @@ class UNet(Conditioned):
         ]
         last = len(widths) - 1
 
-        self.conv_in = conv(image_channels * patch_size**2, channels)
+        inputs = image_channels * (1 + 2 * len(input_features))
+        self.conv_in = conv(inputs * patch_size**2, channels)
 
         skips, width = [channels], channels  # skips: the widths that the way down pushes
         self.down = nn.ModuleList()
@@ -192,6 +196,9 @@ class UNet(Conditioned):
         """
         p = self.patch_size
         embedding = self.embed(logsnr, label, guidance)
+        if self.input_features:
+            angles = torch.cat([2**n * math.pi * z for n in self.input_features], dim=1)
+            z = torch.cat([z, angles.sin(), angles.cos()], dim=1)
         h = self.conv_in(rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p))
         skips = [h]
         for resolution in self.down:

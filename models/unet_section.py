@@ -5,11 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from utils.values import Counts, Fraction, Section
+from utils.values import Counts, Fraction, ListOf, Section
 
 
 class UNetSection(Section):
-    """The UNet's sizes (models/unet.py). guidance: whether the guidance weight is an input."""
+    """The UNet's sizes (models/unet.py). guidance: whether the guidance weight is an input.
+
+    input_features: n for each sin(2^n pi z) and cos(2^n pi z) that is an input beside z.
+    """
 
     name: Literal["unet"] = "unet"
     channels: Annotated[int, Field(ge=4, le=2**14)] = 128
@@ -24,6 +27,7 @@ class UNetSection(Section):
     patch_size: Annotated[int, Field(ge=1, le=64)] = 1
     num_classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     guidance: bool = False
+    input_features: ListOf[Annotated[int, Field(ge=0, le=16)]] = ()
 
     def misfit(self, image_size: int, where: str) -> str | None:
         """Returns why the network cannot take images of this size, or None if it can.

@@ -18,13 +18,15 @@ def allow_tf32(engine: EngineConfig) -> None:
 
 
 def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
-    """Returns how to run a checkpoint for sampling: on an accelerator as its own config says.
+    """Returns how to run a checkpoint for sampling: eagerly, in float32 on a CPU.
 
-    On a CPU eagerly and in float32, unless the config says otherwise (cpu_sampling).
+    On an accelerator in the precision of its config. A compilation takes longer than most sampling.
+    A config with cpu_sampling is followed in everything.
     """
-    if device.type != "cpu" or engine.cpu_sampling:
+    if engine.cpu_sampling:
         return engine
-    return engine.model_copy(update={"precision": "fp32", "compile": False})
+    precision = "fp32" if device.type == "cpu" else engine.precision
+    return engine.model_copy(update={"precision": precision, "compile": False})
 
 
 def asked_engine(

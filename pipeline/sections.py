@@ -228,7 +228,7 @@ class EngineConfig(Section):
     """How networks are run. precision: under autocast; tf32: for float32 on GPUs.
 
     compile: torch.compile, which takes a minute at first. cpu_sampling: whether these are meant for
-    sampling on a CPU too, which otherwise runs in float32 without compilation.
+    sampling too: otherwise it is not compiled, and on a CPU runs in float32.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -140,6 +140,20 @@ def test_experiments_train_in_equal_time_and_go_on(run_sweep, tmp_path, monkeypa
     assert "take small, large" in capsys.readouterr().err
 
 
+def test_base_models_are_trained_for_equal_updates_if_asked(run_sweep, tmp_path, capsys):
+    variants = {"small": ["training.batch_size=4"], "large": ["training.batch_size=8"]}
+    given = ("--updates", "3", "--set", "training.warmup=1")
+    assert run_sweep("teachers", *given, variants=variants) == 0
+    _, rows = cells(capsys.readouterr().out)
+    assert [row["updates"] for row in rows] == ["3", "3"]
+    assert {row["variant"]: row["images seen"] for row in rows} == {"small": "12", "large": "24"}
+    assert load_checkpoint(tmp_path / "out/small/diffusion-3.pt").config.training.warmup == 1
+    assert run_sweep("teachers", variants=variants) == 2, "a time instead"
+    assert "made for other seconds" in capsys.readouterr().err
+    assert run_sweep("methods", "--updates", "3", "--checkpoint", "x.pt") == 2
+    assert "--updates: methods has students" in capsys.readouterr().err
+
+
 def test_an_ablation_has_every_cell_and_the_best_twice(run_sweep, monkeypatch, capsys):
     variants = {name: [f"diffusion.prediction={name}"] for name in ("x", "v")}
     trained = train.main
@@ -181,7 +195,9 @@ def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
     assert all(calls[name] == 3 * seen[name] for name in variants), "the student's and two legs'"
     copied = replace(load_checkpoint(tmp_path / "out/b8/student-2.pt"))
     untrained = replace(copied, model=load_checkpoint(teacher).model)
-    measurer = measures.Measurer(SWEEPS["stages"], teacher, 20, tmp_path / "out")
+    measurer = measures.Measurer(
+        SWEEPS["stages"], teacher, 20, tmp_path / "out", torch.device("cpu")
+    )
     assert losses["b8"] < measurer.held_out_loss(untrained), "its teacher's own weights"
     monkeypatch.setattr(distill, "main", lambda command: 1 / 0)
     assert run_sweep(*given, variants=variants) == 0, "nothing is distilled twice"

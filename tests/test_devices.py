@@ -18,13 +18,23 @@ from diffusion.samplers import SAMPLERS, make_sampler
 from diffusion.schedule import levels_at, on_device
 from pipeline.checkpoint import digest, load_checkpoint
 from pipeline.config import make_config
+from pipeline.engine import allow_tf32
 from pipeline.network import build_network
+from pipeline.sections import EngineConfig
 from tests.toys import COSINE, tiny
 from utils.processes import choose_device
 from utils.randomness import ImageNoise
 
 DEVICE = choose_device(os.environ.get("DEVICE", "cpu"))
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32():
+    """By default, convolutions on a GPU round float32 to TF32, 13 bits less."""
+    allow_tf32(EngineConfig(tf32=False))
+    yield
+    allow_tf32(EngineConfig())
 
 
 def run(script, *arguments):

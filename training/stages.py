@@ -121,7 +121,9 @@ def train_stage(
 def draw_samples(run: Run, trainee: Trainee, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
     """Draws a grid of the average's samples. Returns it, and the images."""
     network = trainee.ema or trainee.network
-    denoiser = build_denoiser(checkpoint.config, network, run.world.device)
+    engine = checkpoint.config.engine.model_copy(update={"compile": False})  # for a picture
+    config = checkpoint.config.model_copy(update={"engine": engine})
+    denoiser = build_denoiser(config, network, run.world.device)
     request = SampleRequest.of(checkpoint, denoiser, run.world)
     images = request.draw_all(run.config.sampling.grid)
     return make_grid(*by_class(images, request.classes)), images

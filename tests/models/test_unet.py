@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from models.layers import Attention, ResBlock, group_norm, lecun_normal_, time_features
+from models.layers import Attention, ResBlock, attend, group_norm, lecun_normal_, time_features
 from models.unet import UNet
 from pipeline.config import DiffusionConfig
 from tests.toys import GOLDEN, golden
@@ -240,6 +241,35 @@ def test_attention_is_softmax_of_scaled_products():
     weights = torch.softmax(q @ k.transpose(1, 2) / 2.0, dim=-1)  # sqrt of width 4
     out = attention.out((weights @ v).permute(1, 0, 2).reshape(6, 8))
     torch.testing.assert_close(attention(x), x + out.T.reshape(1, 8, 2, 3))
+
+
+def test_attention_in_bf16_is_computed_in_float32_on_a_cpu():
+    q, k, v = (torch.randn(2, 2, 16, 8, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v)
+    found.sum().backward()
+    full = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
+    exact = F.scaled_dot_product_attention(*full)
+    exact.sum().backward()
+    assert torch.equal(found, exact.bfloat16()), "rounded once, at the end"
+    for low, high in zip((q, k, v), full, strict=True):
+        torch.testing.assert_close(low.grad, high.grad.bfloat16())
+    assert attend(*full).dtype == torch.float32
+
+
+def test_input_features_show_small_differences():
+    """sin and cos of 2^n pi z beside z, as many times the channels (Kingma et al. 2021)."""
+    network = awake(UNet(**SMALL | {"input_features": [7, 8]})).double()
+    assert network.conv_in.in_channels == 5
+    z, logsnr = torch.randn(1, 1, 16, 16).double(), torch.zeros(1).double()
+    seen = []
+    network.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    network(z, logsnr)
+    angles = [2.0**n * torch.pi * z[0, 0] for n in (7, 8)]
+    expected = [z[0, 0], *(a.sin() for a in angles), *(a.cos() for a in angles)]
+    torch.testing.assert_close(seen[0], torch.stack(expected))
+    folded = UNet(**SMALL | {"input_features": [7], "patch_size": 2, "attention_resolutions": [4]})
+    assert folded.conv_in.in_channels == 12
 
 
 def test_time_features():
