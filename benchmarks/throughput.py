@@ -1,7 +1,8 @@
 """What an update and a sample cost, beside the bare networks: python -m benchmarks.throughput.
 
 All figures are taken in one run, every measure once a round and the rounds repeated, so that the
-ratios are of neighbours in time. Images are random numbers; no file is read but the config.
+ratios are of neighbours in time. With --beside, updates and sampling are also timed with further
+values of the config. Images are random numbers; no file is read but the config.
 """
 
 import argparse
@@ -35,6 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config_path", type=path_name, required=True, metavar="FILE.yaml")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument(
+        "--beside",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="time it with these too, e.g. engine.precision=bf16",
+    )
+    parser.add_argument(
         "--rounds", type=whole_number(1, 2**20), default=15, help="repeats of every measure (15)"
     )
     parser.add_argument(
@@ -61,9 +70,16 @@ def measure(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     bench = Bench(config, device, arguments.steps)
     bench.add_layers()
-    times: dict[str, list[float]] = {name: [] for name in bench.measures}
+    measures = dict(bench.measures)
+    if arguments.beside:
+        changed = load_config(arguments.config_path, [*arguments.set, *arguments.beside])
+        other = Bench(changed, device, arguments.steps)
+        measures |= {
+            beside(name, arguments): other.measures[name] for name in bench.whole_measures()
+        }
+    times: dict[str, list[float]] = {name: [] for name in measures}
     for round_number in range(arguments.rounds + 2):
-        for name, work in bench.measures.items():
+        for name, work in measures.items():
             start = time.perf_counter()
             work()
             synchronise(device)
@@ -73,6 +89,11 @@ def measure(arguments: argparse.Namespace) -> None:
     write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(f"\nwritten: {arguments.output}")
+
+
+def beside(name: str, arguments: argparse.Namespace) -> str:
+    """The name of a measure that is taken with the further values."""
+    return f"{name}, {' '.join(arguments.beside)}"
 
 
 def synchronise(device) -> None:  # type: ignore[no-untyped-def]
@@ -131,6 +152,10 @@ class Bench:
             "plain training loop": counted["bare training"],
             f"sampling, {self.steps} steps": counted[bare],
         }
+
+    def whole_measures(self) -> tuple[str, ...]:
+        """The names of what users wait for."""
+        return "training update", "distillation update", f"sampling, {self.steps} steps"
 
     def add_layers(self) -> None:
         """Adds the network's layers alone to the measures, and finds the fastest."""
@@ -381,17 +406,22 @@ def summarise(times: dict[str, list[float]], bench: Bench, arguments: argparse.N
             "upper_quartile": ordered[(3 * len(ordered)) // 4],
         }
 
+    plain = {beside(name, arguments): name for name in bench.whole_measures()}
     measures = {}
     for name, values in times.items():
         measures[name] = {"seconds": spread(values)}
         measures[name]["images_per_second"] = bench.batch_size / statistics.median(values)
-        rate = bench.gflop[name] * bench.batch_size / statistics.median(values)
+        gflop = bench.gflop[plain.get(name, name)]
+        rate = gflop * bench.batch_size / statistics.median(values)
         measures[name]["gflop_per_second"] = rate
     ratios = {}
     steps = (f"{bench.steps} steps", str(bench.steps))
     for title, (top, bottom) in RATIOS.items():
         pair = (times[top.format(steps[0])], times[bottom.format(steps[1])])
         ratios[title] = spread([a / b for a, b in zip(*pair, strict=True)])
+    for name in [name for name in plain if name in times]:
+        pair = times[name], times[plain[name]]
+        ratios[f"{name} / without"] = spread([a / b for a, b in zip(*pair, strict=True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if bench.device.type != "cpu":
         peak = torch.accelerator.max_memory_allocated(bench.device) / 2**20

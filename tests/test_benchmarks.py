@@ -35,9 +35,13 @@ def test_the_benchmark_measures_what_it_says(tmp_path, capsys):
     config.write_text(yaml.safe_dump(tiny()))
     output = tmp_path / "x.json"
     arguments = ["--config_path", str(config), "--rounds", "3", "--steps", "2"]
+    arguments += ["--beside", "engine.precision=bf16"]
     assert throughput.main([*arguments, "--output", str(output)]) == 0
     result = json.loads(output.read_text())
-    assert result["ratios"].keys() == throughput.RATIOS.keys()
+    wholes = ("training update", "distillation update", "sampling, 2 steps")
+    besides = {f"{name}, engine.precision=bf16" for name in wholes}
+    assert result["ratios"].keys() == throughput.RATIOS.keys() | {f"{b} / without" for b in besides}
+    assert besides < result["measures"].keys()
     assert all(ratio["median"] > 0 for ratio in result["ratios"].values())
     gflop = result["gflop_per_image"]
     # a backward pass is two forward passes, and two teacher forwards come on top of that
