@@ -13,6 +13,7 @@ import distill
 import evaluate
 import sample
 import train
+from benchmarks.timing import timed_stages
 from evaluation.gallery import RealImages, real_images
 from pipeline.checkpoint import digest, load_checkpoint
 from pipeline.codec import open_codec
@@ -22,6 +23,7 @@ from tests.test_methods import Killed, Steps, refused
 from tests.test_methods import main as run
 from tests.toys import tiny
 from tools import export_diffusers, train_autoencoder
+from training.ladder import distillation_config
 
 pytest.importorskip("diffusers", reason="autoencoders are AutoencoderKL of diffusers")
 
@@ -141,6 +143,16 @@ def test_a_killed_chain_goes_on_as_if_nothing_had_happened(made, tmp_path, monke
             assert digest(getattr(first, entry)) == digest(getattr(second, entry)), name
         first, second = ((f / name).with_suffix(".png") for f in (folder, tmp_path))
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_an_update_of_latents_can_be_timed(made):
+    folder, _ = made
+    base = load(folder / WEIGHTS[1])
+    config = distillation_config(base, folder / WEIGHTS[1], None, [])
+    for teacher in (None, base):
+        stages = timed_stages(config, teacher, 0.01)
+        assert all(stage["seconds"] > 0 for stage in stages)
+        assert [stage["num_steps"] for stage in stages] == ([None] if teacher is None else [4, 2])
 
 
 def test_samples_are_decoded(made, tmp_path):
