@@ -187,6 +187,11 @@ METHODS = Sweep(
         "tract_8": distillation(ladder=[64, 8], method="tract", ema_decay=0.999),
         "tract_1": distillation(ladder=[64, 1], method="tract", ema_decay=0.999),
         "consistency": distillation(ladder=[64, 1], method="consistency", ema_decay=0.999),
+        "progressive_consistency": [
+            *distillation(ladder=[64, 32, 16, 8, 1], updates_per_stage=[1, 1, 3, 7]),
+            "distillation.method=[progressive, progressive, progressive, consistency]",
+            *distillation(ema_decay=0.999),
+        ],
         "half_width": [
             *distillation(ladder=[64, 64, 32, 16, 8, 4, 2, 1], student=HALF_WIDTH),
             # Most weights begin afresh: the match stage is a training of its own.
