@@ -1,10 +1,12 @@
 """How long an image takes: python -m benchmarks.latency > docs/latency.md.
 
 By model, number of steps and batch size, in PyTorch, in ONNX Runtime and in a browser. Every cell
-is the least of several times, in milliseconds an image; images a second are 1000 divided by it.
+is the least of several times, in milliseconds an image; images a second are 1000 divided by it. A
+batch that would take too long is left out.
 """
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -44,6 +46,8 @@ PUBLISHED = [
 BASE_STEPS = (1024, 64)  # of a base model
 LONGEST = 16  # steps that are really done; more are a multiple of the time of these
 REPEATS = 3
+ENOUGH = 10.0  # seconds of repeats
+TOO_LONG = 40.0  # seconds that a batch may take
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +70,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Times every model in every way, and prints the table."""
     device, sizes = choose_device(arguments.device), arguments.batch_size
     rows = []
+    timed: dict[tuple[Path, str, int], list[float]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         browser = open_browser(stack) if "browser" in arguments.ways else None
@@ -80,7 +85,9 @@ def measure(arguments: argparse.Namespace) -> None:
                 if browser is not None and path in PUBLISHED and steps != BASE_STEPS[0]:
                     ways["browser"] = in_browser(browser, checkpoint, steps)
                 for way, (draw, done) in ways.items():
-                    took = [steps / done * seconds(draw, size, device) / size for size in sizes]
+                    if (path, way, done) not in timed:  # once for all of a base model's steps
+                        timed[path, way, done] = per_image(draw, sizes, device)
+                    took = [steps / done * one for one in timed[path, way, done]]
                     rows.append(row(path.stem, steps, way, took))
                     print(rows[-1], file=sys.stderr)
     say(table(rows, sizes, device))
@@ -153,10 +160,19 @@ def in_browser(browser: Any, checkpoint: Checkpoint, steps: int) -> tuple[Draw, 
     return draw, steps
 
 
+def per_image(draw: Draw, sizes: list[int], device: torch.device) -> list[float]:
+    """Returns the seconds of an image by batch size, inf for batches that would take too long."""
+    took: list[float] = []
+    for size in sizes:
+        expected = size * min(took, default=0.0)
+        took.append(seconds(draw, size, device) / size if expected < TOO_LONG else math.inf)
+    return took
+
+
 def seconds(draw: Draw, size: int, device: torch.device) -> float:
-    """Returns the least time of REPEATS batches, after one that is not counted."""
-    taken = []
-    for _ in range(REPEATS + 1):
+    """Returns the least time of REPEATS batches, or of ENOUGH, after one that is not counted."""
+    taken: list[float] = []
+    while len(taken) < REPEATS + 1 and (len(taken) < 2 or sum(taken) < ENOUGH):
         begun = time.perf_counter()
         own = draw(size)
         synchronise(device)
@@ -167,6 +183,7 @@ def seconds(draw: Draw, size: int, device: torch.device) -> float:
 def row(name: str, steps: int, way: str, took: list[float]) -> str:
     """Returns a row of the table: milliseconds an image by batch size."""
     cells = [f"{1000 * value:.1f}" if value < 1 else f"{1000 * value:,.0f}" for value in took]
+    cells = ["" if cell == "inf" else cell for cell in cells]
     return f"| {name} | {steps} | {way} | {' | '.join(cells)} | {1 / min(took):,.1f} |"
 
 

@@ -384,6 +384,15 @@ def test_the_share_of_a_known_gpus_peak(monkeypatch):
 # --- latency --------------------------------------------------------------------------------------
 
 
+def test_a_batch_that_would_take_too_long_is_not_timed(monkeypatch):
+    drawn = []
+    cpu = torch.device("cpu")
+    took = latency.per_image(lambda n: drawn.append(n) or float(n), [1, 16, 64], cpu)
+    assert took == [1.0, 1.0, float("inf")]
+    assert drawn == [1] * 4 + [16] * 2, "a few times, but not for minutes"
+    assert latency.row("x", 8, "browser", took).endswith("| 1,000 | 1,000 |  | 1.0 |")
+
+
 def test_latencies_are_timed_by_model_way_and_batch(tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxruntime", reason="one of the ways that are timed")
     monkeypatch.setattr(latency, "BASE_STEPS", (32,))
