@@ -1,8 +1,8 @@
 """How long an image takes: python -m benchmarks.latency > docs/latency.md.
 
-By model, number of steps and batch size, in PyTorch, in ONNX Runtime and in a browser. Every cell
-is the least of several times, in milliseconds an image; images a second are 1000 divided by it. A
-batch that would take too long is left out.
+By model, number of steps and batch size, in PyTorch, in ONNX Runtime and in a browser; the last
+model also with half its channels. Every cell is the least of several times, in milliseconds an
+image; images a second are 1000 divided by it. A batch that would take too long is left out.
 """
 
 import argparse
@@ -13,15 +13,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.throughput import synchronise
+from models.diffusers_unet import DiffusersUNetSection
 from pipeline.build import image_shape, load_denoiser
-from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.network import build_network
 from pipeline.sampling import SampleRequest
 from tools import export_onnx
 from utils.command import (
@@ -74,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         browser = open_browser(stack) if "browser" in arguments.ways else None
-        for path in arguments.checkpoint:
+        for path in [*arguments.checkpoint, *half_width(arguments.checkpoint[-1], folder)]:
             checkpoint = load_checkpoint(path)
             for steps in BASE_STEPS if checkpoint.num_steps is None else (checkpoint.num_steps,):
                 ways: dict[str, tuple[Draw, int]] = {}
@@ -93,6 +96,23 @@ def measure(arguments: argparse.Namespace) -> None:
     say(table(rows, sizes, device))
 
 
+def half_width(path: Path, folder: Path) -> list[Path]:
+    """Writes the model with half its channels and random weights, which do not change its speed.
+
+    Returns its file; none for a network of diffusers.
+    """
+    checkpoint = load_checkpoint(path)
+    model = checkpoint.config.model
+    if isinstance(model, DiffusersUNetSection):
+        return []
+    model = model.model_copy(update={"channels": model.channels // 2})
+    config = checkpoint.config.model_copy(update={"model": model})
+    weights = build_network(config, torch.device("cpu")).state_dict()
+    half = folder / f"{path.stem}-half-width.pt"
+    save_checkpoint(half, replace(checkpoint, config=config, model=weights, ema=None))
+    return [half]
+
+
 def pytorch(
     checkpoint: Checkpoint, path: Path, steps: int, device: torch.device
 ) -> tuple[Draw, int]:
@@ -100,6 +120,7 @@ def pytorch(
     denoiser = load_denoiser(checkpoint, path, device)
     done = min(steps, LONGEST) if checkpoint.num_steps is None else steps
     request = SampleRequest.of(checkpoint, denoiser, World(device), steps=done)
+    request = replace(request, shown=False)
 
     def draw(count: int) -> None:
         request.draw(range(count))
@@ -115,8 +136,9 @@ def onnx(checkpoint: Checkpoint, path: Path, steps: int, folder: Path) -> tuple[
     file = folder / f"{path.stem}-{done}.onnx"
     command = [str(path), "--output", str(file)]
     command += [] if checkpoint.num_steps else ["--steps", str(done)]
-    if not file.exists() and export_onnx.main(command):
-        raise InputError(f"{path}: not exported to ONNX")
+    with redirect_stdout(sys.stderr):  # standard output is the table's
+        if not file.exists() and export_onnx.main(command):
+            raise InputError(f"{path}: not exported to ONNX")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -193,6 +215,11 @@ def table(rows: list[str], sizes: list[int], device: torch.device) -> str:
     heads = [f"batch {size}" for size in sizes]
     return "\n".join(
         [
+            "# Milliseconds an image",
+            "",
+            '`make latency` measured this while nothing else ran. "half-width" is a network with '
+            "half the channels and random weights, as its weights do not change its speed.",
+            "",
             f"Milliseconds an image, {device} ({processor()}), {threads} threads (the browser has "
             f"one), torch {torch.__version__}. A base model's {LONGEST} steps are timed, and "
             "multiplied for more.",
