@@ -27,6 +27,8 @@ def unet_config(
 
     image: the shape of an image, (C, H, W). path: the checkpoint's file, for errors.
     """
+    if model.input_features:
+        raise InputError(f"{path}: model.input_features: UNet2DModel has no such inputs")
     channels, image_size, _ = image
     folded = channels * model.patch_size**2
     sizes = [image_size // model.patch_size >> n for n in range(len(model.channel_multipliers))]

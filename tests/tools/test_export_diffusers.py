@@ -330,6 +330,7 @@ REFUSED = {
     "no scheduler of diffusers reads": ({}, {"diffusion": {"prediction": "both"}}),
     "float32 betas of DDIMScheduler do not hold": ({}, {"diffusion": {"prediction": "eps"}}),
     "model.guidance: UNet2DModel does not take": ({"num_classes": 2, "guidance": True}, {}),
+    "model.input_features: UNet2DModel has no": ({"input_features": [7, 8]}, {}),
     "model.channels: 48": ({"channels": 48}, {}),
     "model.channel_multipliers: 2 comes first": ({"channel_multipliers": [2, 2]}, {}),
     "model.attention_heads: 2 heads over 32 and 64": ({"attention_resolutions": [8]}, {}),
