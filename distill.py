@@ -71,7 +71,7 @@ def distill(arguments: argparse.Namespace) -> None:
     with join_world(arguments.device) as world:
         rows_of_process(recipe.batch_size, recipe.accumulate, world)  # raises InputError
         tracker = open_tracker(arguments.track, output, name, config.model_dump(mode="json"))
-        dataset = build_dataset(config, world.device)
+        dataset = build_dataset(config, world.device, recipe.data)
         run = Run(config, name, output, world, dataset, tracker)
         with open_folder(output, world, "student-", arguments.restart):
             if world.leads:

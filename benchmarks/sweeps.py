@@ -198,6 +198,8 @@ METHODS = Sweep(
             *distillation(updates_per_stage=[20, 1, 1, 3, 4, 3, 2]),
             *distillation(learning_rate=[0.002, *[0.0002] * 6]),
         ],
+        "coloured_data": [*HALVED, *distillation(data="colored_mnist")],
+        "inverted_data": [*HALVED, *distillation(data="inverted_mnist")],
         "straight_1": distillation(ladder=[64, 1]),
         "straight_4": distillation(ladder=[64, 4]),
         "straight_2": distillation(ladder=[64, 2]),

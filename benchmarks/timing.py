@@ -28,7 +28,8 @@ def timed_stages(
     calls: for each image. seconds: of CPU time that the measurement of a stage may take.
     """
     world = World(torch.device("cpu"))
-    run = Run(config, "timed", Path("timed"), world, build_dataset(config, world.device))
+    dataset = build_dataset(config, world.device, config.distillation.data if teacher else None)
+    run = Run(config, "timed", Path("timed"), world, dataset)
     stages = [base_stage(config)] if teacher is None else student_stages(config, teacher.stage + 1)
     timed = []
     for stage in stages:

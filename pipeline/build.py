@@ -48,16 +48,17 @@ def frozen_denoiser(
     return Denoiser(called, checkpoint.config.diffusion.prediction)
 
 
-def build_dataset(config: Config, device: torch.device) -> Dataset:
-    """Returns the config's data. Raises InputError if the model needs other classes."""
-    data = config.data
-    dataset = open_dataset(
-        data.name, data.root, data.image_size, data.channels, data.workers, device
-    )
+def build_dataset(config: Config, device: torch.device, name: str | None = None) -> Dataset:
+    """Returns the config's data. Raises InputError if the model needs other classes.
+
+    name: of another data set, to be read in the same size.
+    """
+    data, name = config.data, name or config.data.name
+    dataset = open_dataset(name, data.root, data.image_size, data.channels, data.workers, device)
     asked = config.model.num_classes
     if asked is not None and asked != dataset.num_classes:
         raise InputError(
-            f"model.num_classes: {asked}, but {data.name} has {dataset.num_classes or 'no'} classes"
+            f"model.num_classes: {asked}, but {name} has {dataset.num_classes or 'no'} classes"
         )
     return dataset
 

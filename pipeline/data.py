@@ -120,6 +120,12 @@ def colored_mnist(root: Path, split: str = "train") -> tuple[Tensor, Tensor, int
     return images, labels, num_classes
 
 
+def inverted_mnist(root: Path, split: str = "train") -> tuple[Tensor, Tensor, int]:
+    """Returns MNIST in black on white, padded: images (N, 1, 32, 32)."""
+    digits, labels, num_classes = mnist(root, split)
+    return 255 - torch.nn.functional.pad(digits, (2, 2, 2, 2)), labels, num_classes
+
+
 # --- data sets that torchvision downloads -------------------------------------------------------
 
 
@@ -152,6 +158,7 @@ InMemory = Callable[[Path], tuple[Tensor, Tensor, int]]
 DATASETS: dict[str, InMemory | type[ImageFolder]] = {
     "mnist": mnist,
     "colored_mnist": colored_mnist,
+    "inverted_mnist": inverted_mnist,
     "fashion_mnist": _torchvision("FashionMNIST", "fashion_mnist"),
     "kmnist": _torchvision("KMNIST", "kmnist"),
     "cifar10": _torchvision("CIFAR10", "cifar10"),

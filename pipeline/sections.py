@@ -105,7 +105,8 @@ class DistillationConfig(Recipe):
     first_steps, and each of the iterations halves them. method: a key of METHODS. grid: uniform in
     time; adaptive, with equal shares of the teacher's error; or, for a ladder of one student, the
     list of its times from 1 down to 0. student: the student's network, if not the teacher's;
-    prediction: what the students predict, if not what their teacher does.
+    prediction: what the students predict, if not what their teacher does; data: the data set whose
+    images it is distilled on, if not the teacher's.
     losses: the terms of the loss and their weights, in place of loss_weight. guidance: the range of
     the guidance weight, if the student takes it as an input. ema_decay: of the average that is
     evaluated; walker_decay: of the average that walks the paths of tract and consistency. pull:
@@ -124,6 +125,7 @@ class DistillationConfig(Recipe):
     grid: GridChoice = "uniform"
     student: NetworkSection | None = None
     prediction: OutputTypeName | None = None
+    data: DatasetName | None = None
     updates_per_stage: Count | ListOf[Count] = 5000
     learning_rate: Rate | ListOf[Rate] = 1.0e-4
     time_exponent: Exponent | ListOf[Exponent] = 1.0

@@ -444,6 +444,16 @@ def test_a_printed_config_is_the_same_config(name, teachers, tmp_path, capsys):
     assert load_config(again).distillation == load_config(config).distillation
 
 
+def test_a_student_can_be_distilled_on_other_data_than_its_teachers(ladders, teachers, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data="inverted_mnist")
+    command = ("--config_path", config, "--teacher_model_checkpoint", teachers["progressive"])
+    assert main(distill, *command, "--output", tmp_path / "ladder") == 0
+    other = load_checkpoint(tmp_path / "ladder" / "student-4.pt")
+    assert other.config.data.name == "mnist", "it is a model of its teacher's data all the same"
+    own = load_checkpoint(ladders("progressive")[0] / "student-4.pt")
+    assert digest(other.weights) != digest(own.weights)
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 WRONG = {  # what is asked for -> what the line says
@@ -464,6 +474,7 @@ WRONG = {  # what is asked for -> what the line says
     ),
     "no average": ({"ladder": [8, 4], "method": "tract"}, "ema_decay: the method tract"),
     "unknown method": ({"method": "regressive"}, "distillation.method: 'regressive' is not one of"),
+    "unknown data": ({"data": "inverted"}, "distillation.data: 'inverted' is not one of"),
     "unknown loss": ({"losses": {"lpips": 1.0}}, "distillation.losses: 'lpips' is not one of"),
     "unknown key": (
         {"student": {**SMALL, "chanels": 4}},

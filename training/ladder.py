@@ -60,7 +60,8 @@ def distillation_config(
     if asked or given.data.name == data.name:  # the folder of other data is no use
         data = data.model_copy(update={"root": given.data.root})
     if not asked and (config_path is None or given.data.name != data.name):
-        require_no_download(data, teacher_path, "--set data.root=DIR")
+        read = data.model_copy(update={"name": given.distillation.data or data.name})
+        require_no_download(read, teacher_path, "--set data.root=DIR")
     codec = teacher.config.codec
     if codec.name == given.codec.name == "autoencoder" and _asked("codec.file", overrides):
         codec = codec.model_copy(update={"file": given.codec.file})
@@ -196,7 +197,8 @@ def _require_steps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) 
     )
 
 
-READ_ONLY = ("mnist", "colored_mnist", "image_folder")  # data sets that nothing is downloaded of
+# Data sets that nothing is downloaded of.
+READ_ONLY = ("mnist", "colored_mnist", "inverted_mnist", "image_folder")
 
 
 def require_no_download(data: DataConfig, where: Path, option: str) -> None:

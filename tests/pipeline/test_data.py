@@ -78,6 +78,14 @@ def test_colored_digits_have_a_colour_each():
     assert next(open_here("colored_mnist").batches([indices]))[0].shape == (200, 1, 32, 32)
 
 
+def test_inverted_digits_are_black_on_white():
+    images, labels = next(open_here("inverted_mnist").batches([torch.arange(20)]))
+    digits, same_labels = next(open_here().batches([torch.arange(20)]))
+    assert torch.equal(images, 255 - digits)
+    assert torch.equal(labels, same_labels)
+    assert images[:, :, :2].eq(255).all(), "the frame too"
+
+
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"])
 @pytest.mark.parametrize(
     "damage", ["missing", "truncated", "altered", "recompressed", "empty", "endless", "pipe"]
