@@ -233,14 +233,14 @@ NETWORKS = Sweep(
         ],
     },
     seconds=900,
-    count=5000,
+    count=2000,
     steps=(64,),
     students=Sweep(
         about="their students",
         common=[*METHODS.common, *HALVED],
         variants={},
         seconds=900,
-        count=5000,
+        count=2000,
         steps=(8, 4, 2, 1),
     ),
 )
