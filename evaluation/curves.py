@@ -10,6 +10,8 @@ from training.metrics import read_metrics
 from utils.images import save_figure
 from utils.terminal import printable
 
+APART = 1.06  # the factor between the steps of neighbouring curves in a figure
+
 
 def draw_loss_curve(folder: Path) -> Path:
     """Plots metrics.jsonl into loss.png, a curve for each stage. Returns the picture's path.
@@ -47,7 +49,10 @@ def _label(title: str) -> str:
 
 
 def draw_distances(path: Path, results: Results) -> None:
-    """Plots Frechet distances with intervals over sampling steps, and the floor as a line."""
+    """Plots Frechet distances with intervals over sampling steps, and the floor as a line.
+
+    Curves are moved apart sideways a little, so that their intervals do not cover each other.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
@@ -56,10 +61,11 @@ def draw_distances(path: Path, results: Results) -> None:
         return
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    for title, points in sorted(curves.items()):
+    for number, (title, points) in enumerate(sorted(curves.items())):
         rows = [points[steps] for steps in sorted(points)]
+        aside = APART ** (number - (len(curves) - 1) / 2)
         axes.errorbar(
-            sorted(points),
+            [steps * aside for steps in sorted(points)],
             [row.quality.frechet for row in rows],
             [row.quality.frechet_interval for row in rows],
             marker="o",
