@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate experiments ablation methods networks pipeline gpu latency demo test \
+.PHONY: help install quickstart results evaluate by_class experiments ablation methods networks pipeline gpu latency demo test \
 	test-slow test-demo torture lint format mutants notebook lock clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
 	@echo 'make evaluate     measure the published weights (hours)'
+	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
@@ -83,6 +84,18 @@ evaluate: $(VENV)/.installed
 		--steps 1 2 4 8 16 32 64 --count 2000
 	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler ancestral \
 		--steps 1 2 4 8 16 32 64 128 1024 --count 2000 --max_calls 1024000
+
+# A teacher that knows the classes, and its students that take the guidance weight as an input.
+BY_CLASS = output/mnist_conditional/diffusion-4000.pt
+by_class: $(VENV)/.installed-dev
+	$(RANKS) train.py --config_path configs/mnist_conditional.yaml --set training.updates=4000 engine.precision=bf16
+	$(RANKS) distill.py --config_path configs/mnist_guided.yaml --teacher_model_checkpoint $(BY_CLASS) \
+		--set engine.precision=bf16
+	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/by_class --checkpoint $(BY_CLASS) \
+		output/distilled/mnist_guided/student-[18].pt
+	$(RANKS) evaluate.py --checkpoint pretrained/by_class/*.safetensors --steps 64 --guidance 0 1 2 --count 1000 \
+		--output output/by_class
+	$(BIN)/python -m tools.export_demo
 
 experiments: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.sweep experiments

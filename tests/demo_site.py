@@ -28,12 +28,12 @@ FLAGS = (
 class Site:
     """Serves the page under any first folder, e.g. /plain/demo/.
 
-    altered: (first folder, file) -> other content of it, or None for an error 404. models: first
-    folder -> the folder with its models. asked: the paths of all requests.
+    altered: (first folder, file) -> other content of it, or None for an error 404. asked: the paths
+    of all requests.
     """
 
     def __init__(self):
-        self.altered, self.models, self.asked = {}, {}, []
+        self.altered, self.asked = {}, []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -49,11 +49,9 @@ class Handler(SimpleHTTPRequestHandler):
 
     def translate_path(self, path):
         self.site.asked.append(path)
-        first, folder, *rest = path.partition("?")[0].strip("/").split("/")
+        _, folder, *rest = path.partition("?")[0].strip("/").split("/")
         if folder != "demo":
             return "/nowhere"
-        if rest[0] == "models" and first in self.site.models:
-            return str(self.site.models[first] / rest[1])
         return str(DEMO.joinpath(*rest))
 
     def do_GET(self):

@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import json
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -42,6 +40,7 @@ PRETRAINED = {
     "student-2": "mnist-2-steps",
     "student-1": "mnist-1-step",
 }
+GUIDED = "by_class/mnist-8-steps"
 CODE = sorted(p for suffix in ("js", "html", "css") for p in DEMO.rglob(f"*.{suffix}"))
 CODE = [path for path in CODE if path.parent.name != "vendor"]
 
@@ -91,10 +90,11 @@ def test_the_runtime_is_the_one_that_its_digest_says():
 
 def test_the_models_are_the_published_ones():
     assert [model["name"] for model in MANIFEST["models"]] == list(PRETRAINED)
-    for model in MANIFEST["models"]:
-        checkpoint = load_checkpoint(ROOT / f"pretrained/{PRETRAINED[model['name']]}.safetensors")
+    for model in (*MANIFEST["models"], MANIFEST["guided"]):
+        name = PRETRAINED.get(model["name"], GUIDED)
+        checkpoint = load_checkpoint(ROOT / f"pretrained/{name}.safetensors")
         assert model["levels"] == checkpoint.levels(model["steps"]).tolist()[:-1]
-        content = (DEMO / "models" / model["weights"]["file"]).read_bytes()
+        content = gzip.decompress((DEMO / "models" / model["weights"]["packed"]).read_bytes())
         assert hashlib.sha256(content).hexdigest() == model["weights"]["sha256"]
         stored = np.sort(np.frombuffer(content, "<f2").astype(np.float32))
         flat = torch.cat([t.flatten() for t in checkpoint.weights.values()])
@@ -232,7 +232,7 @@ def test_the_first_picture_comes_soon(first_picture, page, site):
     assert first_picture < 30, "3 s on an idle machine"
     asked = [path for path in site.asked if path.startswith("/plain/") and ".bin" in path]
     order = [re.findall(r"([\w-]+)\.bin", path)[0] for path in asked]
-    assert order == list(PRETRAINED)[::-1], "what the first picture needs comes first"
+    assert order == [*list(PRETRAINED)[::-1], "guided"], "what the first picture needs comes first"
     assert text_of(page, "#error") == ""
     assert "All models are loaded" in text_of(page, "#status")
     said = page.execute_script("return said")
@@ -484,14 +484,35 @@ def test_every_control_has_a_name_and_is_reached_by_the_tab_key(page):
 
 
 @needs_browser
+def test_ten_digits_by_the_guided_student(page):
+    assert page.find_element("id", "guided").is_displayed()
+    until(page, "document.querySelector('#guided .time').textContent.endsWith(' ms')")
+    noise = torch.randn(20, 1, 32, 32)
+    label, weight = torch.arange(20) % 11 - 1, torch.linspace(0, 4, 20)
+    condition = {"label": label.tolist(), "guidance": weight.tolist()}
+    steps = MANIFEST["guided"]["steps"]
+    made, _ = draw(page, "guided", noise, steps, condition)
+    file = ROOT / f"pretrained/{GUIDED}.safetensors"
+    wanted = expected(file, steps, noise, label=label, guidance=weight)
+    assert share_alike(made, wanted) >= 0.999
+    other, _ = draw(page, "guided", noise, steps, {**condition, "label": [0] * 20})
+    assert share_alike(other, wanted) < 0.999, "the label counts"
+    picture = "#guided canvas"
+    assert pixels_of(page, picture).shape == (64, 160)
+    slider = find(page, "#guided-weight")
+    changes(page, picture, lambda: press(page, slider, Keys.END))
+    assert text_of(page, "#guided output") == "4.0"
+    changes(page, picture, lambda: find(page, "#guided button").click())
+    assert page.find_element("id", "guided").screenshot(str(SCREENSHOTS / "guided.png"))
+
+
+@needs_browser
 def test_nothing_is_asked_of_another_place(page, site):
     script = "return performance.getEntriesByType('resource').map((e) => e.name)"
     names = page.execute_script(script)
     assert names
     assert all(name.startswith(f"{site.address}/plain/demo/") for name in names)
     assert all(path.split("/")[2] == "demo" for path in site.asked)
-    assert text_of(page, "#guided h2")
-    assert not page.find_element("id", "guided").is_displayed(), "no guided student is published"
 
 
 SHOTS = [(w, s) for w in (1280, 360) for s in ("light", "dark")]
@@ -524,58 +545,16 @@ def test_wide_and_narrow_dark_and_light(page, width, scheme):
 # --- other copies of the page; they come last, as they leave the one above ------------------------
 
 
-@pytest.fixture(scope="module")
-def guided(tmp_path_factory):
-    """A tiny guided student, and a folder with its export beside the published models."""
-    from tests.tools.test_export_demo import network
-
-    folder = tmp_path_factory.mktemp("guided")
-    student = network(folder / "guided.pt", 2, num_classes=10, guidance=True)
-    command = [sys.executable, "-m", "tools.export_demo", "--guided", str(student), "--output"]
-    command = [*command, str(folder / "models")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return student, folder / "models"
-
-
-@needs_browser
-def test_the_guided_student_has_a_section_of_its_own(browser, site, guided):
-    student, models = guided
-    for model in MANIFEST["models"]:
-        file = model["weights"]["file"]
-        assert (models / file).read_bytes() == (DEMO / "models" / file).read_bytes()
-    site.models["guided"] = models
-    open_page(browser, site, "guided")
-    assert browser.find_element("id", "guided").is_displayed()
-    until(browser, "document.querySelector('#guided .time').textContent.endsWith(' ms')")
-    noise = torch.randn(20, 1, 32, 32)
-    label, weight = torch.arange(20) % 11 - 1, torch.linspace(0, 4, 20)
-    condition = {"label": label.tolist(), "guidance": weight.tolist()}
-    made, _ = draw(browser, "guided", noise, 2, condition)
-    wanted = expected(student, 2, noise, label=label, guidance=weight)
-    assert share_alike(made, wanted) >= 0.999
-    other, _ = draw(browser, "guided", noise, 2, {**condition, "label": [0] * 20})
-    assert share_alike(other, wanted) < 0.999, "the label counts"
-    picture = "#guided canvas"
-    assert pixels_of(browser, picture).shape == (64, 160)
-    slider = find(browser, "#guided-weight")
-    changes(browser, picture, lambda: press(browser, slider, Keys.END))
-    assert text_of(browser, "#guided output") == "4.0"
-    changes(browser, picture, lambda: find(browser, "#guided button").click())
-    assert browser.find_element("id", "guided").screenshot(str(SCREENSHOTS / "guided.png"))
-    assert browser.get_log("browser") == []
-
-
-CUT = (DEMO / "models" / "student-4.bin").read_bytes()
+PACKED = (DEMO / "models" / "student-4.bin.gz").read_bytes()
+WEIGHTS = gzip.decompress(PACKED)
+FOUR = "models/student-4.bin.gz"
 WASM = (DEMO / "vendor" / "ort-wasm-simd-threaded.wasm.gz").read_bytes()
 DAMAGES = {
-    "truncated": (
-        "models/student-4.bin",
-        CUT[:-1000],
-        "student-4.bin is damaged: it has 3,488,224",
-    ),
-    "altered": ("models/student-4.bin", CUT[:-1] + b"\0", "student-4.bin is damaged: its content"),
-    "missing": ("models/student-4.bin", None, "student-4.bin could not be loaded: the server says"),
+    "truncated": (FOUR, PACKED[:-1000], "student-4.bin.gz is damaged: it cannot be unpacked"),
+    "short": (FOUR, gzip.compress(WEIGHTS[:-1000]), "student-4.bin is damaged: it has 3,488,224"),
+    "altered": (FOUR, gzip.compress(WEIGHTS[:-1] + b"\0"), "student-4.bin is damaged: its content"),
+    "unpacked": (FOUR, WEIGHTS[:-1] + b"\0", "damaged: its content"),
+    "missing": (FOUR, None, "student-4.bin.gz could not be loaded: the server says"),
     "graph": ("models/graph.onnx", b"no graph", "graph.onnx is damaged: it has 8 bytes"),
     "manifest": ("models/manifest.json", b'{"format": ', "manifest.json is damaged: it is not"),
     "foreign": ("models/manifest.json", b"{}", "manifest.json is not one that this page reads"),
@@ -594,7 +573,7 @@ def test_a_damaged_file_is_named_in_a_sentence(browser, site, name):
     assert sentence in said
     assert said.endswith(".")
     assert browser.find_element("id", "error").is_displayed()
-    if file == "models/student-4.bin":  # the other models draw all the same
+    if file == FOUR:  # the other models draw all the same
         browser.execute_async_script("demo.loaded.then(arguments[0])")
         made, _ = draw(browser, "student-1", torch.randn(1, 1, 32, 32), 1)
         assert made.max() > 100

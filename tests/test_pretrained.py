@@ -13,6 +13,7 @@ from evaluation.gallery import Gallery
 from evaluation.quality import class_shares, confident_share
 from evaluation.results import finest_base, read_results
 from evaluation.tables import summary
+from pipeline.api import load_sampler
 from pipeline.checkpoint import digest, load_checkpoint
 from utils.processes import World
 
@@ -47,6 +48,19 @@ def test_the_files_are_the_ladder_and_small():
         assert (student.config.model, student.name) == (base.config.model, base.name)
         assert before is None or student.lineage["teacher"] == before
         before = digest(student.weights)
+
+
+def test_the_guided_students_draw_the_digit_that_is_asked_for():
+    folder, labels = PRETRAINED / "by_class", [n % 10 for n in range(50)]
+    base = load_checkpoint(folder / "mnist-teacher.safetensors")
+    assert (base.kind, base.config.model.num_classes) == ("base", 10)
+    features = make_extractor("digits", torch.device("cpu"))
+    for name, share in (("mnist-8-steps", 0.96), ("mnist-1-step", 0.9)):
+        path = folder / f"{name}.safetensors"
+        assert load_checkpoint(path).config.model.guidance
+        drawn = load_sampler(path)(50, seed=0, labels=labels, guidance=1.0)
+        right = features(drawn).logits.argmax(1) == torch.tensor(labels)
+        assert right.float().mean() >= share
 
 
 def test_sample_py_draws_digits_of_the_eight_step_student(tmp_path):

@@ -1,6 +1,7 @@
 """Writes the models of the page in docs/demo: python -m tools.export_demo."""
 
 import argparse
+import gzip
 import hashlib
 import json
 import sys
@@ -12,19 +13,20 @@ from utils.command import InputError, path_name, run_script, say, whole_number
 DESCRIPTION = """\
 Write the models of the page in docs/demo. All checkpoints but the guided one have the same network:
 its graph is stored once (z, logsnr -> x_hat, eps_hat), and the weights of each beside it in half
-precision. manifest.json lists the files with their sizes, digests and noise levels."""
+precision and gzip. manifest.json lists the files with their sizes, digests and noise levels."""
 FORMAT = "progressive-distillation demo"
 FORMAT_VERSION = 1
 PRETRAINED = ("teacher", "8-steps", "4-steps", "2-steps", "1-step")
+PUBLISHED = [Path("pretrained", f"mnist-{name}.safetensors") for name in PRETRAINED]
+GUIDED = Path("pretrained", "by_class", "mnist-8-steps.safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and exports. Returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     add = parser.add_argument
-    default = [Path("pretrained", f"mnist-{name}.safetensors") for name in PRETRAINED]
-    given = "a base model and its students; by default the teacher in pretrained/ and four students"
-    add("--checkpoint", nargs="+", type=path_name, default=default, metavar="FILE", help=given)
+    given = "a base model and its students; by default those in pretrained/, --guided too"
+    add("--checkpoint", nargs="+", type=path_name, metavar="FILE", help=given)
     guided = "a student that takes a class and a guidance weight, for the page's last section"
     add("--guided", type=path_name, metavar="FILE", help=guided)
     steps = "of the base model (64)"
@@ -37,8 +39,10 @@ def export(arguments: argparse.Namespace) -> None:
     """Writes the files, the manifest last."""
     from pipeline.checkpoint import load_checkpoint
 
-    folder = arguments.output
-    loaded = [(path, load_checkpoint(path)) for path in arguments.checkpoint]
+    folder, paths, guided_path = arguments.output, arguments.checkpoint, arguments.guided
+    if paths is None:
+        paths, guided_path = PUBLISHED, guided_path or GUIDED
+    loaded = [(path, load_checkpoint(path)) for path in paths]
     first_path, first = loaded[0]
     for path, checkpoint in loaded:
         _require_drawable(path, checkpoint)
@@ -52,7 +56,7 @@ def export(arguments: argparse.Namespace) -> None:
     for n, (path, _) in enumerate(loaded):
         if names[n] in names[:n]:
             raise InputError(f"{path}: a second {names[n]}; give one of each")
-    guided = None if arguments.guided is None else _load_guided(arguments.guided, first)
+    guided = None if guided_path is None else _load_guided(guided_path, first)
     graph, order = _graph(first_path, first)
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -65,8 +69,8 @@ def export(arguments: argparse.Namespace) -> None:
         models.append(_model(folder, _name(checkpoint), path, checkpoint, order, levels.tolist()))
     manifest["graph"] = _stored(folder, "graph.onnx", graph)
     manifest["models"] = sorted(models, key=lambda model: (-model["steps"], model["name"]))
-    if guided is not None:
-        manifest["guided"] = _guided(folder, arguments.guided, guided)
+    if guided_path is not None:
+        manifest["guided"] = _guided(folder, guided_path, guided)
     text = json.dumps(manifest, indent=1) + "\n"
     _stored(folder, "manifest.json", text.encode())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -175,8 +179,17 @@ def _model(
         "steps": len(levels) - 1,
         "levels": levels[:-1],  # JSON has no infinity
         "clip": checkpoint.config.sampling.clip,
-        "weights": _stored(folder, f"{name}.bin", content),
+        "weights": _packed(folder, f"{name}.bin", content),
     }
+
+
+def _packed(folder: Path, name: str, content: bytes) -> dict[str, Any]:
+    """Writes the file in gzip. Returns its names and sizes with and without, and its digest.
+
+    The digest is that of the content, as some servers unpack it on the way.
+    """
+    packed = _stored(folder, f"{name}.gz", gzip.compress(content, mtime=0))
+    return {"packed": packed["file"], "packedBytes": packed["bytes"], **_described(name, content)}
 
 
 def _stored(folder: Path, name: str, content: bytes) -> dict[str, Any]:
@@ -185,6 +198,10 @@ def _stored(folder: Path, name: str, content: bytes) -> dict[str, Any]:
 
     with atomic_write(folder / name) as file:
         file.write(content)
+    return _described(name, content)
+
+
+def _described(name: str, content: bytes) -> dict[str, Any]:
     return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -2,8 +2,8 @@
 
 const ADVICE = "Reload the page; if that does not help, the site has an incomplete copy of it.";
 
-/** Returns the bytes of a file. onProgress: called with the number of bytes so far. */
-export async function download(url, onProgress = () => {}) {
+/** Returns the bytes of a file as they are. onProgress: called with the number of bytes so far. */
+async function download(url, onProgress = () => {}) {
   const name = nameOf(url);
   let response;
   try {
@@ -36,7 +36,7 @@ export async function download(url, onProgress = () => {}) {
 }
 
 /** Throws unless the bytes are those of the file: { file, bytes, sha256 }. */
-export async function verify(bytes, { file, bytes: expected, sha256 }) {
+async function verify(bytes, { file, bytes: expected, sha256 }) {
   if (bytes.length !== expected) {
     const [has, should] = [bytes.length, expected].map((n) => n.toLocaleString("en"));
     throw new Error(`${file} is damaged: it has ${has} bytes instead of ${should}. ${ADVICE}`);
@@ -50,11 +50,18 @@ export async function verify(bytes, { file, bytes: expected, sha256 }) {
   }
 }
 
-/** Returns a file of the manifest. The query keeps old copies in caches out of the way. */
+/** The name and the size of what is loaded for a file, which may be packed by gzip. */
+export function parcel({ packed, packedBytes, file, bytes }) {
+  return packed ? { name: packed, size: packedBytes } : { name: file, size: bytes };
+}
+
+/** Returns the content of a file. The query keeps old copies in caches out of the way. */
 export async function downloadChecked(entry, base, onProgress) {
-  const url = new URL(entry.file, base);
+  const { name } = parcel(entry);
+  const url = new URL(name, base);
   url.searchParams.set("v", entry.sha256.slice(0, 8));
-  const bytes = await download(url, onProgress);
+  const loaded = await download(url, onProgress);
+  const bytes = entry.packed ? await gunzip(loaded, name) : loaded;
   await verify(bytes, entry);
   return bytes;
 }
@@ -70,7 +77,7 @@ export async function downloadJson(url) {
 }
 
 /** Returns the bytes without gzip, which some servers have already undone. */
-export async function gunzip(bytes, name) {
+async function gunzip(bytes, name) {
   if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
   if (typeof DecompressionStream === "undefined") {
     throw new Error("This browser cannot unpack gzip. Use a current version of any browser.");

@@ -10,7 +10,7 @@
 // a Float32Array of one or several images (B, 1, 32, 32). steps must be the model's own number.
 // condition, for the model "guided": { label: [..], guidance: [..] }, a number for each image.
 
-import { downloadJson } from "./download.js";
+import { downloadJson, parcel } from "./download.js";
 import { Engine } from "./engine.js";
 import { RUNTIME } from "./runtime-file.js";
 import { Status } from "./status.js";
@@ -42,8 +42,9 @@ function inOrder(manifest) {
 
 function announce(manifest) {
   const files = inOrder(manifest).flatMap(({ weights, graph }) => [weights, graph ?? []].flat());
-  for (const { file, bytes } of [...files, manifest.graph]) status.expect(file, bytes);
-  status.expect(RUNTIME.packed, RUNTIME.packedBytes);
+  for (const { name, size } of [...files, manifest.graph, RUNTIME].map(parcel)) {
+    status.expect(name, size);
+  }
 }
 
 async function openAll(engine, manifest) {

@@ -1,7 +1,7 @@
 // ONNX Runtime in the worker: starts it once, and opens models as sessions.
 
 import * as ort from "./vendor/ort.wasm.bundle.min.js";
-import { download, gunzip, verify } from "./download.js";
+import { downloadChecked } from "./download.js";
 import { RUNTIME } from "./runtime-file.js";
 
 let started = null;
@@ -14,9 +14,7 @@ export function startRuntime(onProgress) {
 }
 
 async function start(onProgress) {
-  const packed = await download(new URL(`vendor/${RUNTIME.packed}`, import.meta.url), onProgress);
-  const binary = await gunzip(packed, RUNTIME.packed);
-  await verify(binary, RUNTIME);
+  const binary = await downloadChecked(RUNTIME, new URL("vendor/", import.meta.url), onProgress);
   // More threads need headers (COOP, COEP) that static hosts do not send.
   ort.env.wasm.numThreads = 1;
   ort.env.wasm.wasmBinary = binary.buffer;

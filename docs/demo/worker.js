@@ -4,7 +4,7 @@
 // { id, error } with a sentence, { id, step }, and { progress: { file, received } }.
 
 import { ddim, toPixels } from "./diffusion.js";
-import { downloadChecked } from "./download.js";
+import { downloadChecked, parcel } from "./download.js";
 import { openSession, predict, startRuntime } from "./runtime.js";
 import { RUNTIME } from "./runtime-file.js";
 
@@ -13,7 +13,8 @@ const files = new Map(); // name -> promise of its bytes, for graphs
 const sessions = new Map(); // name of a model -> promise of its session
 const cancelled = new Set(); // ids of samples that nobody waits for any more
 
-const progressOf = (file) => (received) => postMessage({ progress: { file, received } });
+const progressOf = (entry) => (received) =>
+  postMessage({ progress: { file: parcel(entry).name, received } });
 
 /** Returns the entry of a model in the manifest. */
 function modelOf(name) {
@@ -26,7 +27,7 @@ function modelOf(name) {
 function graphOf(model) {
   const entry = model.graph ?? manifest.graph;
   if (!files.has(entry.file)) {
-    files.set(entry.file, downloadChecked(entry, base, progressOf(entry.file)));
+    files.set(entry.file, downloadChecked(entry, base, progressOf(entry)));
   }
   return files.get(entry.file);
 }
@@ -34,9 +35,9 @@ function graphOf(model) {
 async function load(model) {
   // All at a time: the first picture waits for the slowest of the three.
   const [, graph, weights] = await Promise.all([
-    startRuntime(progressOf(RUNTIME.packed)),
+    startRuntime(progressOf(RUNTIME)),
     graphOf(model),
-    downloadChecked(model.weights, base, progressOf(model.weights.file)),
+    downloadChecked(model.weights, base, progressOf(model.weights)),
   ]);
   return openSession(graph, weights);
 }

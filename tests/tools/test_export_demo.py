@@ -1,5 +1,6 @@
 """The models of the page: one graph for all, weights in half precision, what PyTorch gives."""
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -77,9 +78,9 @@ def test_the_files_depend_on_the_weights_alone(files):
     assert one == two
     assert set(one) == {
         *("manifest.json", "graph.onnx", "guided.onnx"),
-        *("teacher.bin", "student-4.bin", "guided.bin"),
+        *("teacher.bin.gz", "student-4.bin.gz", "guided.bin.gz"),
     }
-    assert one["teacher.bin"] != one["student-4.bin"]
+    assert one["teacher.bin.gz"] != one["student-4.bin.gz"]
 
 
 def test_the_manifest_describes_the_files(files):
@@ -88,7 +89,10 @@ def test_the_manifest_describes_the_files(files):
     entries = [manifest["graph"], guided["graph"], guided["weights"]]
     entries += [model["weights"] for model in manifest["models"]]
     for entry in entries:
-        content = (folder / entry["file"]).read_bytes()
+        content = (folder / entry.get("packed", entry["file"])).read_bytes()
+        if "packed" in entry:
+            assert entry["packedBytes"] == len(content)
+            content = gzip.decompress(content)
         assert entry["bytes"] == len(content)
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
     assert [(m["name"], m["steps"]) for m in manifest["models"]] == [
@@ -111,7 +115,9 @@ def test_the_manifest_describes_the_files(files):
 def test_graph_and_weights_are_the_denoiser(files, name, tmp_path):
     graph = "guided.onnx" if name == "guided" else "graph.onnx"
     (tmp_path / graph).write_bytes((files["one"] / graph).read_bytes())
-    (tmp_path / "weights").write_bytes((files["one"] / f"{name}.bin").read_bytes())
+    (tmp_path / "weights").write_bytes(
+        gzip.decompress((files["one"] / f"{name}.bin.gz").read_bytes())
+    )
     session = onnxruntime.InferenceSession(tmp_path / graph, providers=["CPUExecutionProvider"])
     checkpoint = load_checkpoint(files[name])
     denoise = load_denoiser(checkpoint, files[name], CPU)
