@@ -18,7 +18,7 @@ from pipeline.build import build_dataset, build_network, load_denoiser
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from pipeline.config import make_config
 from tests.test_scripts import refused, run
-from tests.tools import test_export_diffusers as there
+from tests.tools import test_export_diffusers as exporting
 from tools import export_diffusers, import_diffusers
 from training.ladder import distillation_config
 from training.stage import student_stages
@@ -278,9 +278,11 @@ def test_two_stages_are_distilled_and_sampled(tmp_path, capsys):
     assert run(sample, *drawn) == 0
     assert run(sample, *drawn, "--steps", 2) == 0
     assert "a table of 5 noise levels" in refused(capsys, sample, *drawn, "--steps", 6)
-    given_back, clip = there.export(tmp_path, students[5]), students[5].config.sampling.clip
-    expected = there.ours(students[5], 64)
-    share, most = there.share_apart(there.theirs(given_back, 64, 5, clip), expected)
+    (tmp_path / "back").mkdir()
+    given_back = exporting.export(tmp_path / "back", students[5])
+    clip = students[5].config.sampling.clip
+    expected = exporting.ours(students[5], 64)
+    share, most = exporting.share_apart(exporting.theirs(given_back, 64, 5, clip), expected)
     assert share <= 1e-3, "diffusers draws the images of the exported student"
     assert most <= 1
     line = refused(capsys, sample, "--checkpoint", path, "--steps", 21)
