@@ -470,7 +470,7 @@ def test_every_control_has_a_name_and_is_reached_by_the_tab_key(page):
         return all.filter(shown).map((e) => [e, e.labels?.length ? e.labels[0].textContent
           : e.getAttribute("aria-label") ?? e.textContent])"""
     controls = page.execute_script(script)
-    assert len(controls) == 10
+    assert len(controls) == 12
     assert all(name.strip() for _, name in controls)
     pictures = page.find_elements("css selector", "main section:not([hidden]) canvas")
     assert all(p.get_attribute("aria-label") for p in pictures)
