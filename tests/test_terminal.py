@@ -201,7 +201,11 @@ def test_a_closed_terminal_and_a_spent_limit_save(tmp_path, number, monkeypatch,
 
     monkeypatch.setattr("training.loop.backward", stopped)
     out = tmp_path / "out"
-    assert train.main(["--config_path", str(config), "--output", str(out)]) == 130
+    before = signal.signal(number, signal.SIG_DFL)  # nohup may have started the tests
+    try:
+        assert train.main(["--config_path", str(config), "--output", str(out)]) == 130
+    finally:
+        signal.signal(number, before)
     assert "stopped and saved at update 3" in capsys.readouterr().err
     assert load_checkpoint(out / "diffusion-3.pt").update == 3
 
@@ -216,10 +220,11 @@ def test_an_ignored_signal_stays_ignored(number):
 
 
 def test_ctrl_c_is_heard_where_a_shell_has_it_ignored():
+    before = signal.getsignal(signal.SIGINT)
     with handled(signal.SIGINT, signal.SIG_IGN), stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_only_people_insist():
