@@ -134,7 +134,9 @@ gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(SMALL),--small --output output/gpu-small)
 
 latency: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.latency > docs/latency.md
+	$(BIN)/python -m benchmarks.latency > docs/latency.part
+	mv docs/latency.part docs/latency.md
+	@echo 'written: docs/latency.md'
 
 # Any static web server will do; this one is part of Python.
 PORT ?= 8000
