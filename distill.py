@@ -10,7 +10,9 @@ DESCRIPTION = """\
 Distil a model into fewer sampling steps: each stage copies its teacher into a student that learns
 to do several of its steps in one. Writes student-<steps>.pt and a grid of samples for every stage,
 then a table and pictures of the ladder; run the same command again to go on."""
-INITIALISE = "the first student begins with these weights instead of its teacher's"
+INITIALISE = """\
+the first student begins with these weights instead of its teacher's; of several students' files,
+each student with those of as many steps"""
 CONFIG = "its distillation, sampling, engine, data.root and data.workers are used"
 
 
@@ -22,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--config_path", type=path_name, metavar="FILE.yaml", help=CONFIG)
     add("--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps")
     add("--distillation_iterations", type=int, metavar="N", help="stages; each halves the steps")
-    add("--initialise", type=path_name, metavar="FILE", help=INITIALISE)
+    add("--initialise", nargs="+", default=[], type=path_name, metavar="FILE", help=INITIALISE)
     add_common_arguments(parser)
     return run_script(parser, argv, distill, GO_ON)
 
@@ -40,7 +42,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from training.loop import rows_of_process
     from training.stage import student_stages
     from training.stages import train_stage
-    from training.starts import Run, student_start
+    from training.starts import Run, initial_of, student_start
     from training.tracking import open_tracker
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
@@ -63,9 +65,9 @@ def distill(arguments: argparse.Namespace) -> None:
         name = f"{name}-from-{base.num_steps}-steps"
     require_name(name, arguments.config_path or base_path)
     output = arguments.output or Path(f"output/distilled/{name}")
-    file = arguments.initialise
-    initial = None if file is None else (file, load_checkpoint(file))
-    require_elsewhere(output, base_path, *([] if file is None else [file]))
+    stages = student_stages(config, base.stage + 1)
+    begin = initial_of([(file, load_checkpoint(file)) for file in arguments.initialise], stages)
+    require_elsewhere(output, base_path, *arguments.initialise)
     config = with_codec(config, arguments.config_path or base_path)
     recipe = config.distillation
     with join_world(arguments.device) as world:
@@ -78,9 +80,9 @@ def distill(arguments: argparse.Namespace) -> None:
                 require_same_ladder(output, recipe.steps()[1:], base.stage + 1)
             report = LadderReport(run, base, base_path)
             teacher = base
-            for stage in student_stages(config, base.stage + 1):
-                start = student_start(run, stage, teacher, initial)
-                teacher, initial = train_stage(run, stage, start, teacher), None
+            for stage in stages:
+                start = student_start(run, stage, teacher, begin.get(stage.number))
+                teacher = train_stage(run, stage, start, teacher)
                 report.add(teacher)
             report.finish()
             if world.leads:

@@ -121,7 +121,20 @@ TEACHERS = Sweep(
             ("v", "constant"),
         )
     }
-    | {"v-snr_plus_one-features": model(input_features=[7, 8])},
+    | {"v-snr_plus_one-features": model(input_features=[7, 8])}
+    | {
+        f"{output}-{weight}-clip": [
+            f"diffusion.prediction={output}",
+            f"diffusion.loss_weight={weight}",
+            "diffusion.clip=true",
+        ]
+        for output, weight in (
+            ("v", "snr_plus_one"),
+            ("x", "constant"),
+            ("v", "constant"),
+            ("dual", "constant"),
+        )
+    },
     seconds=900,
     count=2000,
     steps=(64,),

@@ -117,19 +117,51 @@ OUTPUT_TYPES = {
 class Denoiser:
     """A network with what its output means.
 
-    network: (z, logsnr, **condition) -> output; output_type: a name in OUTPUT_TYPES. Called with
-    z (B, C, H, W), logsnr (B,) and the network's condition it returns a Prediction of z's shape.
-    The network is asked in z's precision; the decoding happens in float32 or better.
+    network: (z, logsnr, **condition) -> output; output_type: a name in OUTPUT_TYPES; clip: whether
+    x_hat is within_range. Called with z (B, C, H, W), logsnr (B,) and the network's condition it
+    returns a Prediction of z's shape. The network is asked in z's precision; the decoding happens
+    in float32 or better.
     """
 
     network: Callable[..., Tensor]
     output_type: str
+    clip: bool = False
 
     def __call__(self, z: Images, logsnr: Float[Tensor, "b"], **condition: Any) -> Prediction:
         """What the network believes of z at this noise level, both x_hat and eps_hat."""
         output = self.network(z, logsnr.to(z.dtype), **condition).to(z.dtype)
         alpha, sigma = alpha_sigma(logsnr, z)
-        return OUTPUT_TYPES[self.output_type].decode(output, z, alpha, sigma)
+        prediction = OUTPUT_TYPES[self.output_type].decode(output, z, alpha, sigma)
+        return within_range(prediction, alpha, sigma) if self.clip else prediction
+
+
+class _Excess(torch.autograd.Function):
+    """clamp(x, -1, 1) - x, whose gradient only keeps x from going further out of [-1, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        excess = x.clamp(-1.0, 1.0) - x
+        ctx.save_for_backward(excess)
+        return excess
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (excess,) = ctx.saved_tensors
+        outwards = excess * gradient > 0
+        return torch.where(outwards, -gradient, 0.0)
+
+
+def within_range(prediction: Prediction, alpha: PerImage, sigma: PerImage) -> Prediction:
+    """The prediction with x_hat clipped to [-1, 1] and eps_hat to match, for training too.
+
+    The gradient of a clipped value passes where it leads back into [-1, 1], and is 0 where it leads
+    further out. So a network may predict anything below -1 where the image is certainly black: the
+    best clipped x_hat is E[x | z] as before, and it need not hit -1 exactly, which would take more
+    precision than a network has (docs/experiments.md, "Noise on the black ground").
+    """
+    x = prediction.x
+    excess = _Excess.apply(x) if x.requires_grad else x.clamp(-1.0, 1.0) - x
+    return Prediction(x + excess, prediction.eps - alpha / sigma * excess)
 
 
 # --- wrappers: a denoise in, a denoise out ------------------------------------------------------

@@ -21,7 +21,7 @@ def build_denoiser(config: Config, network: nn.Module, device: torch.device) -> 
     """Returns a Denoiser that calls the network as config.engine says."""
     allow_tf32(config.engine)
     called = accelerated(network, config.engine, device)
-    return Denoiser(called, config.diffusion.prediction)
+    return Denoiser(called, config.diffusion.prediction, config.diffusion.clip)
 
 
 def load_denoiser(
@@ -45,7 +45,8 @@ def frozen_denoiser(
     network.eval().requires_grad_(False)
     load_weights(network, checkpoint.weights, where)
     called = accelerated(network, engine, device)
-    return Denoiser(called, checkpoint.config.diffusion.prediction)
+    diffusion = checkpoint.config.diffusion
+    return Denoiser(called, diffusion.prediction, diffusion.clip)
 
 
 def build_dataset(config: Config, device: torch.device, name: str | None = None) -> Dataset:

@@ -49,6 +49,8 @@ class Config(Section):
             raise ValueError(wrong)
         if self.sampling.clip and self.codec.name != "pixels":
             raise ValueError(f"sampling.clip: true, but {NOT_CLIPPED} (false)")
+        if self.diffusion.clip and not self.sampling.clip:
+            raise ValueError("sampling.clip: false, but diffusion.clip: true clips everywhere")
         student = self.distillation.student
         for where, model in (("model", self.model), ("distillation.student", student)):
             if model is not None and (wrong := self.misfit(model, where)):

@@ -66,7 +66,9 @@ class DiffusionConfig(Section):
 
     schedule: a key of SCHEDULES, or table: the levels are in the checkpoint's grid, as those of an
     imported pipeline, which is not trained here. logsnr_min, logsnr_max: within [-20, 20], because
-    the network's time input is clipped to that range (time_features in models/layers.py).
+    the network's time input is clipped to that range (time_features in models/layers.py). clip:
+    whether x_hat is clipped to [-1, 1] in training, targets and samplers alike (within_range in
+    diffusion/gaussian.py); sampling.clip alone clips in samplers only.
     """
 
     prediction: OutputTypeName = "v"
@@ -74,6 +76,7 @@ class DiffusionConfig(Section):
     logsnr_min: Annotated[float, Field(ge=-20.0, lt=0.0)] = -20.0
     logsnr_max: Annotated[float, Field(gt=0.0, le=20.0)] = 20.0
     loss_weight: LossWeightName = "snr_plus_one"
+    clip: bool = False
 
 
 class TrainingConfig(Recipe):

@@ -46,6 +46,7 @@ KEYS = {
     "diffusion.schedule": mostly("cosine", "linear"),
     "diffusion.logsnr_min": mostly(-20.0, -1.0, 3.0, -20.5),
     "diffusion.logsnr_max": mostly(20.0, 5, -3.0, 20.5),
+    "diffusion.clip": mostly(False, True),
     "diffusion.loss_weight": mostly(
         "constant", "snr", "snr_trunc", "snr_plus_one", "snr_capped", "snr+1"
     ),

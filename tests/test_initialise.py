@@ -196,6 +196,26 @@ def test_a_student_begins_with_another_one_of_its_steps(workshop, tmp_path, caps
     assert f"{file}: model.channels is 8 there, but 16 in this run" in line
 
 
+def test_students_begin_with_those_of_their_steps(workshop, tmp_path, capsys):
+    common = ("--teacher_model_checkpoint", workshop["base"])
+    ladder = ("--set", "distillation.ladder=[8,4,2]", "distillation.learning_rate=0.01")
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert run(distill, *common, *ladder, "--output", first) == 0
+    files = [first / "student-2.pt", first / "student-4.pt"]
+    still = (*ladder, "distillation.learning_rate=1e-30", "--output", out)
+    assert run(distill, *common, *still, "--initialise", *files) == 0
+    for path in files:
+        began, made = (load_checkpoint(one) for one in (path, out / path.name))
+        assert made.lineage["initial"] == digest(began.weights)
+        for name, tensor in began.weights.items():
+            torch.testing.assert_close(made.weights[name], tensor, rtol=0, atol=1e-20)
+    again = (*common, *ladder, "--output", tmp_path / "other", "--initialise")
+    for wrong, steps in (((files[0], workshop["base"]), "any number of"), (files[:1] * 2, 2)):
+        line = refused(capsys, distill, *again, *wrong)
+        assert f"--initialise {wrong[1]}: of {steps} steps; of several files give at most" in line
+        assert "each student of this ladder (4, 2)" in line
+
+
 def test_a_student_with_another_network_begins_with_one_like_it(workshop, tmp_path):
     sizes = "channels: 16, channel_multipliers: [1, 2], attention_resolutions: [4], patch_size: 4"
     given = ("--teacher_model_checkpoint", workshop["base"], "--set", "distillation.ladder=[8,4]")

@@ -1,5 +1,6 @@
 """Where a stage begins: the run, the weights before the first update, the grids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,28 @@ def _initial_weights(initial: Initial, config: Config, world: World) -> State:
                 "its weights do not fit; take the same value, or leave --initialise out"
             )
     return checkpoint.weights
+
+
+def initial_of(files: Sequence[Initial], stages: Sequence[Stage]) -> dict[int, Initial]:
+    """Returns what students begin with, by the numbers of their stages.
+
+    A single file is for the first student; each of several for the student of as many steps.
+    """
+    if len(files) == 1:
+        return {stages[0].number: files[0]}
+    numbers = {stage.num_steps: stage.number for stage in stages}
+    found: dict[int, Initial] = {}
+    for path, checkpoint in files:
+        number = numbers.get(checkpoint.num_steps)
+        if number is None or number in found:
+            steps = ", ".join(str(stage.num_steps) for stage in stages)
+            made_for = checkpoint.num_steps or "any number of"
+            raise InputError(
+                f"--initialise {path}: of {made_for} steps; of several files give at most one for "
+                f"each student of this ladder ({steps})"
+            )
+        found[number] = path, checkpoint
+    return found
 
 
 def student_start(

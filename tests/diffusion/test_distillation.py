@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -176,6 +178,10 @@ def test_the_target_is_not_clipped():
         distillation_target([loud] * (len(levels) - 1), z, levels), torch.full_like(z, 3.0)
     )
     assert (distillation_target([clipped(loud)] * (len(levels) - 1), z, levels) <= 1).all()
+    # but if the model itself is in range, so are its targets
+    ranged = replace(loud, clip=True)
+    target = distillation_target([ranged] * (len(levels) - 1), z, levels)
+    torch.testing.assert_close(target, torch.ones_like(z))
 
 
 # --- any walkers, any levels ----------------------------------------------------------------------

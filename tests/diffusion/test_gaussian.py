@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from diffusion.gaussian import (
     posterior,
     velocity,
 )
+from diffusion.losses import constant, snr, snr_plus_one
+from diffusion.objectives import denoising_loss
 from diffusion.schedule import alpha_sigma
 from tests.toys import STUDENTS, golden, saying, student_v, student_x
 
@@ -119,6 +122,54 @@ def test_clipping_keeps_z_and_bounds_x():
     prediction = clipped(STUDENTS["x"])(z, logsnr)
     assert prediction.x.abs().max() == 1
     close(diffuse(*prediction, logsnr), z)
+
+
+@given(st.sampled_from(sorted(OUTPUT_TYPES)), st.floats(-12, 12), st.integers(0, 2**31))
+def test_a_denoiser_that_clips_predicts_what_clipping_afterwards_does(output_type, level, seed):
+    rng = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(2, 1, 3, 3, generator=rng, dtype=torch.float64)
+    logsnr = torch.full((2,), level, dtype=torch.float64)
+    plain = STUDENTS[output_type]
+    for found, expected in zip(
+        replace(plain, clip=True)(z, logsnr), clipped(plain)(z, logsnr), strict=True
+    ):
+        close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_denoiser_that_clips_learns_from_outside_the_range_only_what_leads_back():
+    output = torch.tensor([-3.0, -3.0, 0.5, 3.0, 3.0], dtype=torch.float64).requires_grad_()
+    target = torch.tensor([-1.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    denoise = Denoiser(lambda *_: output.expand(1, 1, 1, 5), "x", clip=True)
+    z, logsnr = torch.zeros(1, 1, 1, 5, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    x = denoise(z, logsnr).x
+    (x - target).square().sum().backward()
+    assert output.grad.tolist() == [0.0, -2.0, 1.0, 0.0, 2.0]
+    output.grad = None
+    # towards values that cannot be reached the gradient leads further out, and is 0
+    (denoise(z, logsnr).x - 9 * output.detach().sign()).square().sum().backward()
+    assert output.grad.tolist() == [0.0, 0.0, -17.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("weigh", [constant, snr, snr_plus_one])
+def test_the_best_prediction_of_a_denoiser_that_clips_is_the_mean(weigh):
+    """Two pixels, one black in all images, one white in a tenth of them: -1 and -0.8."""
+    x = torch.full((10, 1, 1, 2), -1.0, dtype=torch.float64)
+    x[0, ..., 1] = 1.0
+    logsnr = torch.zeros(10, dtype=torch.float64)
+    eps = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    output = torch.tensor([0.7, 0.7], dtype=torch.float64).requires_grad_()
+    denoise = Denoiser(lambda *_: output.expand(10, 1, 1, 2), "x", clip=True)
+    optimizer = torch.optim.SGD([output], lr=0.3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        denoising_loss(denoise, x, eps, logsnr, weigh).mean().backward()
+        optimizer.step()
+    close(denoise(x, logsnr).x[0].flatten(), torch.tensor([-1.0, -0.8], dtype=torch.float64))
+    with torch.no_grad():
+        output[0] = -1.7  # beyond black nothing is left to learn
+    output.grad = None
+    denoising_loss(denoise, x, eps, logsnr, weigh).mean().backward()
+    assert output.grad[0].abs() < 1e-12
 
 
 def test_a_condition_reaches_the_network():

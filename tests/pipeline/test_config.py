@@ -95,6 +95,11 @@ def test_a_config_without_resample_keeps_its_residual_blocks():
         ({"diffusion": {"prediction": "u"}}, "diffusion.prediction", "x, eps, v, both"),
         ({"diffusion": {"logsnr_min": -20.5}}, "diffusion.logsnr_min", "or equal to -20"),
         ({"diffusion": {"logsnr_max": 20.5}}, "diffusion.logsnr_max", "less than or equal to 20"),
+        (
+            {"diffusion": {"clip": True}, "sampling": {"clip": False}},
+            "sampling.clip",
+            "false, but diffusion.clip: true clips everywhere",
+        ),
         ({"sampling": {"sampler": "ddpm"}}, "sampling.sampler", "ddim, ancestral"),
         ({"data": {"image_size": 30}}, "data.image_size", "not divisible by 8"),
         ({"model": {"patch_size": 3}}, "data.image_size", "not divisible by 24"),

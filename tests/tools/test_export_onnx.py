@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-def student(path, num_steps, **model):
+def student(path, num_steps, clip=False, **model):
     """A student with random weights that are nowhere zero."""
-    values = tiny()
+    values = tiny(diffusion={"clip": clip})
     values["model"] |= model
     config = make_config(values, "x")
     torch.manual_seed(0)
@@ -46,17 +46,19 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     plain = student(folder / "plain.pt", 4)
     guided = student(folder / "guided.pt", 2, num_classes=10, guidance=True)
+    ranged = student(folder / "ranged.pt", 2, clip=True)
     exports = {
         "plain": [plain],
         "fp16": [plain, "--precision", "fp16"],
         "int8": [plain, "--precision", "int8"],
         "guided": [guided],
         "one step": [guided, "--one_step"],
+        "ranged": [ranged, "--one_step"],
     }
     found = {name: folder / f"{name}.onnx" for name in exports}
     commands = [[*map(str, a), "--output", str(found[n])] for n, a in exports.items()]
     run_alone("tools.export_onnx", *commands)
-    return found | {"plain.pt": plain, "guided.pt": guided}
+    return found | {"plain.pt": plain, "guided.pt": guided, "ranged.pt": ranged}
 
 
 def drawn(path, count, **given):
@@ -107,6 +109,17 @@ def test_one_step_is_the_denoiser(files):
     x, eps = read_onnx(files["one step"])(z=z, logsnr=logsnr, **named)
     for ours, theirs in ((x, expected.x), (eps, expected.eps)):
         assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max().item())
+
+
+def test_one_step_of_a_model_in_range_is_in_range(files):
+    checkpoint = load_checkpoint(files["ranged.pt"])
+    z = 3 * torch.randn(8, *image_shape(checkpoint.config))
+    logsnr = torch.linspace(-5, 5, 8)
+    x, eps = read_onnx(files["ranged"])(z=z, logsnr=logsnr)
+    expected = load_denoiser(checkpoint, files["ranged.pt"], CPU)(z, logsnr)
+    assert x.abs().max() == 1
+    torch.testing.assert_close(x, expected.x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(eps, expected.eps, rtol=1e-4, atol=1e-3)
 
 
 def test_smaller_weights_make_smaller_files_and_nearly_the_same_images(files):
