@@ -196,7 +196,8 @@ def guided(denoise: Denoise) -> Denoise:
 def clipped(denoise: Denoise) -> Denoise:
     """Clips x_hat to [-1, 1] and recomputes eps_hat from it. For sampling only, and outermost.
 
-    Distillation targets and losses are never clipped (Salimans & Ho 2022, the original code).
+    Distillation targets and losses do not clip (Salimans & Ho 2022, the original code), unless the
+    Denoiser itself does.
     """
 
     def clipped_denoise(z: Tensor, logsnr: Tensor) -> Prediction:

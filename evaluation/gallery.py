@@ -66,6 +66,8 @@ class Gallery:
         model, diffusion = (s.model_dump(mode="json") for s in (config.model, config.diffusion))
         if not model["guidance"]:
             del model["guidance"]
+        if not diffusion["clip"]:
+            del diffusion["clip"]
         if not model.get("input_features", True):
             del model["input_features"]
         if model["name"] == "unet":

@@ -10,7 +10,7 @@ import evaluate
 import sample
 from evaluation.features import make_extractor
 from evaluation.gallery import Gallery
-from evaluation.quality import class_shares, confident_share
+from evaluation.quality import class_shares, confident_share, ground
 from evaluation.results import finest_base, read_results
 from evaluation.tables import summary
 from pipeline.api import load_sampler
@@ -61,6 +61,24 @@ def test_the_guided_students_draw_the_digit_that_is_asked_for():
         drawn = load_sampler(path)(50, seed=0, labels=labels, guidance=1.0)
         right = features(drawn).logits.argmax(1) == torch.tensor(labels)
         assert right.float().mean() >= share
+
+
+CLEAN = PRETRAINED / "clean"
+
+
+@pytest.mark.parametrize("steps", [16, 8, 4, 2, 1])
+def test_the_clean_students_draw_digits_on_black(steps):
+    path = CLEAN / PATHS[steps].name
+    student, base = load_checkpoint(path), load_checkpoint(CLEAN / "mnist-teacher.safetensors")
+    assert (student.num_steps, student.config.diffusion) == (steps, base.config.diffusion)
+    assert student.config.diffusion.clip
+    drawn = load_sampler(path)(64, seed=0)
+    features = make_extractor("digits", torch.device("cpu"))
+    assert confident_share(features(drawn).logits) > 0.75
+    faint, border = ground(drawn)
+    assert faint < 0.05
+    assert border < 0.1
+    assert ground(load_sampler(PATHS[steps])(64, seed=0))[0] > 0.2, "the others' ground is noise"
 
 
 def test_sample_py_draws_digits_of_the_eight_step_student(tmp_path):
