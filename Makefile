@@ -94,7 +94,7 @@ clean_ground: $(VENV)/.installed
 	$(RANKS) distill.py --config_path configs/mnist_clean.yaml --teacher_model_checkpoint $(CLEAN) \
 		--initialise $(CLEAN_STUDENTS)
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/clean --checkpoint $(CLEAN) \
-		$(foreach n,16 8 4 2 1,output/distilled/mnist_clean/student-$(n).pt)
+		$(foreach n,8 4 2 1,output/distilled/mnist_clean/student-$(n).pt)
 	$(MAKE) evaluate_clean
 
 evaluate_clean: $(VENV)/.installed
