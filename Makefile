@@ -19,7 +19,7 @@ help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
 	@echo 'make evaluate     measure the published weights (hours)'
-	@echo 'make clean_ground trains the published weights on until their ground is black (two hours)'
+	@echo 'make clean_ground the published weights, trained on until their ground is black (two hours)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
@@ -99,6 +99,8 @@ clean_ground: $(VENV)/.installed
 
 evaluate_clean: $(VENV)/.installed
 	$(RANKS) evaluate.py --output output/clean_ground --checkpoint pretrained/clean/*.safetensors --steps 64 --count 2000
+	mkdir -p docs/clean
+	cp output/clean_ground/results.* output/clean_ground/distances.png docs/clean/
 
 # A teacher that knows the classes, and its students that take the guidance weight as an input.
 BY_CLASS = output/mnist_conditional/diffusion-4000.pt
