@@ -86,15 +86,19 @@ evaluate: $(VENV)/.installed
 	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler ancestral \
 		--steps 1 2 4 8 16 32 64 128 1024 --count 2000 --max_calls 1024000
 
-# The published weights trained on with x_hat in [-1, 1]: their samples have a black ground.
+# The published weights trained on with x_hat in [-1, 1]: their samples have a black ground. Of the second ladder the
+# students of 16 and 8 steps begin as their teacher, the others as the first one's.
 CLEAN = output/mnist_clean/diffusion-6000.pt
-CLEAN_STUDENTS = $(foreach n,16-steps 8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
+FIRST = output/distilled/mnist_clean
+SECOND = output/distilled/mnist_clean_again
+CLEAN_LADDER = $(RANKS) distill.py --config_path configs/mnist_clean.yaml --teacher_model_checkpoint $(CLEAN)
 clean_ground: $(VENV)/.installed
 	$(RANKS) train.py --config_path configs/mnist_clean.yaml --initialise pretrained/mnist-teacher.safetensors
-	$(RANKS) distill.py --config_path configs/mnist_clean.yaml --teacher_model_checkpoint $(CLEAN) \
-		--initialise $(CLEAN_STUDENTS)
+	$(CLEAN_LADDER) --initialise $(foreach n,16-steps 8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
+	$(CLEAN_LADDER) --output $(SECOND) --set distillation.updates_per_stage=[300,600,500,450,450] \
+		--initialise $(foreach n,4 2 1,$(FIRST)/student-$(n).pt)
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/clean --checkpoint $(CLEAN) \
-		$(foreach n,8 4 2 1,output/distilled/mnist_clean/student-$(n).pt)
+		$(foreach n,8 4 2 1,$(SECOND)/student-$(n).pt)
 	$(MAKE) evaluate_clean
 
 evaluate_clean: $(VENV)/.installed

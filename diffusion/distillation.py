@@ -48,8 +48,8 @@ def distillation_target(
     x_hat, as in a sampler (the paper's code makes an exception for i = 0; here it is the same
     formula). A leg between equal levels changes nothing.
 
-    legs: for each leg who walks it, (z, logsnr) -> Prediction, as the model is, not clipped for
-    sampling; levels: logsnr from t down to s, one more than legs. No gradient flows into the walkers.
+    legs: for each leg who walks it, (z, logsnr) -> Prediction, not clipped as for sampling;
+    levels: logsnr from t down to s, one more than legs. No gradient flows into the walkers.
     """
     z, x_target = z_t, torch.zeros_like(z_t)
     pairs = pairwise(levels)
