@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PRETRAINED = ROOT / "pretrained"
 STEPS = (64, 32, 16, 8, 4, 2, 1)
 PATHS = {n: PRETRAINED / f"mnist-{n}-step{'s' * (n > 1)}.safetensors" for n in STEPS}
+CLEAN = PRETRAINED / "clean"
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,6 @@ def results():
     found = read_results(ROOT / "docs" / "mnist" / "results.json")
     assert found is not None
     return found
-
-
-CLEAN = PRETRAINED / "clean"
 
 
 def row_of(results, path, steps, count):
