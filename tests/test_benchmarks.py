@@ -135,7 +135,6 @@ def test_experiments_train_in_equal_time_and_go_on(run_sweep, tmp_path, monkeypa
     plans = [json.loads((tmp_path / f"out/{n}/plan.json").read_text()) for n in variants]
     stages = [plan["stages"][0] for plan in plans]
     assert all(0.5 < stage["updates"] * stage["seconds"] <= 1 for stage in stages)
-    assert stages[0]["updates"] > stages[1]["updates"]
     monkeypatch.setattr(train, "main", lambda command: 1 / 0)
     assert run_sweep("experiments", variants=variants) == 0, "nothing is trained twice"
     assert table.endswith(capsys.readouterr().out)
