@@ -31,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Distils the ladder stage by stage, or goes on where an earlier run was stopped."""
+    from diffusion.losses import ADVERSARIAL
     from evaluation.curves import draw_loss_curve
     from evaluation.report import LadderReport
-    from pipeline.build import build_dataset
+    from pipeline.build import build_dataset, frozen_features
     from pipeline.checkpoint import load_checkpoint
     from pipeline.checkpoint_checks import require_name
     from pipeline.latents import with_codec
@@ -74,7 +75,10 @@ def distill(arguments: argparse.Namespace) -> None:
         rows_of_process(recipe.batch_size, recipe.accumulate, world)  # raises InputError
         tracker = open_tracker(arguments.track, output, name, config.model_dump(mode="json"))
         dataset = build_dataset(config, world.device, recipe.data)
-        run = Run(config, name, output, world, dataset, tracker)
+        features = None
+        if ADVERSARIAL in recipe.loss_weights():
+            features = frozen_features(base, base_path, world.device, config.engine)
+        run = Run(config, name, output, world, dataset, tracker, features)
         with open_folder(output, world, "student-", arguments.restart):
             if world.leads:
                 require_same_ladder(output, recipe.steps()[1:], base.stage + 1)

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from pipeline.build import build_dataset
+from diffusion.losses import ADVERSARIAL
+from pipeline.build import build_dataset, frozen_features
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
-from pipeline.network import build_network, load_weights
 from training.loop import train_updates
 from training.stage import Stage, base_stage, student_stages
-from training.stages import make_objective, teachers_choice
+from training.stages import first_trainee, make_objective, teachers_choice
 from training.starts import Run, base_start, student_start, teacher_grid
-from training.trainee import make_trainee
 from utils.processes import World
 
 
@@ -29,7 +28,10 @@ def timed_stages(
     """
     world = World(torch.device("cpu"))
     dataset = build_dataset(config, world.device, config.distillation.data if teacher else None)
-    run = Run(config, "timed", Path("timed"), world, dataset)
+    features = None
+    if teacher is not None and ADVERSARIAL in config.distillation.loss_weights():
+        features = frozen_features(teacher, Path("timed"), world.device, config.engine)
+    run = Run(config, "timed", Path("timed"), world, dataset, features=features)
     stages = [base_stage(config)] if teacher is None else student_stages(config, teacher.stage + 1)
     timed = []
     for stage in stages:
@@ -59,9 +61,7 @@ def seconds_per_update(
     run: Run, stage: Stage, start: Checkpoint, teacher: Checkpoint | None, limit: float
 ) -> float:
     """The CPU time of an update, over some that are not the first, for so long at most."""
-    network = build_network(start.config, run.world.device, None if teacher is None else 0.0)
-    load_weights(network, start.model, run.output)
-    trainee = make_trainee(network, stage, run.world)
+    trainee = first_trainee(run, stage, start)
     objective = make_objective(run, stage, trainee, start, teacher)
     endless = replace(stage, updates=2**31)
     updates = train_updates(trainee, endless, run.dataset, objective, run.world, codec=run.codec)

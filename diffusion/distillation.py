@@ -79,7 +79,7 @@ def distillation_loss(
     z_t = diffuse(x, eps, logsnr)
     x_target = distillation_target(legs, z_t, levels)
     target = Prediction(x_target, eps_from_x(z_t, x_target, logsnr))
-    return loss(Example(student(z_t, logsnr), target, x, logsnr, torch.isposinf(levels[-1])))
+    return loss(Example(student(z_t, logsnr), target, x, logsnr, levels[-1]))
 
 
 # --- methods --------------------------------------------------------------------------------------

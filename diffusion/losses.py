@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,15 +16,15 @@ class Example(NamedTuple):
     """A batch of what a loss compares, each of its tensors with a row for each image.
 
     prediction: the network's, of z at the noise level logsnr. target: what it should be. x: the
-    image that z was made of. is_sample: whether x_hat should look like an image of the data set
-    (B,), as where a student's step ends at logsnr = +inf.
+    image that z was made of. end: the logsnr at which a student's step ends, (B,); where it is
+    +inf, x_hat should look like an image of the data set.
     """
 
     prediction: Prediction
     target: Prediction
     x: Tensor
     logsnr: Tensor
-    is_sample: Bool[Tensor, "b"]
+    end: Float[Tensor, "b"]
 
 
 Loss = Callable[[Example], Tensor]
@@ -98,10 +98,10 @@ def energy(example: Example) -> Float[Tensor, "b"]:
 
     2 E|f - r| - E|f - f'| - E|r - r'| over all pairs of different images of the batch, f of x_hat
     and r of x (Szekely & Rizzo 2013), the mean over several networks; its mean over the samples is
-    unbiased. It pulls towards the data, not towards the teacher. Examples that are no samples
-    (Example.is_sample) have a loss of 0; so has a batch with fewer than two samples.
+    unbiased. It pulls towards the data, not towards the teacher. Examples that are no samples,
+    whose Example.end is finite, have a loss of 0; so has a batch with fewer than two samples.
     """
-    samples = example.is_sample.to(example.x.dtype)
+    samples = torch.isposinf(example.end).to(example.x.dtype)
     others = 1 - torch.eye(len(samples), dtype=samples.dtype, device=samples.device)
     count = samples.sum()
     total = torch.zeros_like(samples)
@@ -119,6 +119,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {**SQUARED_ERRORS, "perceptual": perceptual, "energy": energy}
+ADVERSARIAL = "adversarial"  # the name of a term that is trained itself: diffusion/adversarial.py
 
 
 def weighted_sum(weights: Mapping[str, float]) -> Loss:

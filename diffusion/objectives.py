@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion.adversarial import Adversary
 from diffusion.distillation import distillation_loss
 from diffusion.gaussian import Denoise, Prediction, conditioned, diffuse
 from diffusion.losses import Example, Loss
@@ -41,8 +42,7 @@ def denoising_loss(
     normal noise.
     """
     prediction = denoise(diffuse(x, eps, logsnr), logsnr)
-    no_sample = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    return loss(Example(prediction, Prediction(x, eps), x, logsnr, no_sample))
+    return loss(Example(prediction, Prediction(x, eps), x, logsnr, end=logsnr))
 
 
 def denoising_objective(
@@ -87,13 +87,15 @@ def distillation_objective(
     loss: Loss,
     time_exponent: float = 1.0,
     guidance: tuple[float, float] | None = None,
+    adversary: Adversary | None = None,
 ) -> Objective:
     """The student's loss at a random transition (Salimans & Ho 2022, algorithm 2).
 
     paths: the levels of all M transitions, on the training device. legs: who walks each leg of
     them. i = floor(M t), t = u^(1/p) with u ~ U(0, 1) and p = time_exponent, so that t has the
     density p t^(p-1); 1 is the paper's uniform i. guidance: a weight w ~ U(low, high) is drawn for
-    each image and given to the student and to all walkers (Meng et al. 2023).
+    each image and given to the student and to all walkers (Meng et al. 2023). adversary: adds its
+    term to the loss.
     """
     num_transitions = paths.shape[1]
 
@@ -106,13 +108,17 @@ def distillation_objective(
             low, high = guidance
             share = torch.rand(shape[0], generator=rng, device=rng.device)
             drawn["guidance"] = low + (high - low) * share
-        return drawn
+        return drawn if adversary is None else drawn | adversary.draw(rng, shape)
 
     def losses(x: Tensor, condition: Tensors, drawn: Tensors) -> tuple[Tensor, Tensor]:
+        def terms(example: Example) -> Tensor:
+            return loss(example) + (adversary.loss(example, known, drawn) if adversary else 0.0)
+
+        known = condition  # by the critic's network, which takes no guidance weight
         if "guidance" in drawn:
             condition = {**condition, "guidance": drawn["guidance"]}
         denoise, *walk = (conditioned(d, **condition) for d in (student, *legs))
         levels = paths[:, drawn["i"]]
-        return distillation_loss(denoise, walk, x, drawn["eps"], levels, loss), levels[0]
+        return distillation_loss(denoise, walk, x, drawn["eps"], levels, terms), levels[0]
 
     return Objective(draw, losses)

@@ -153,6 +153,7 @@ class UNet(Conditioned):
         embedding_channels = embedding_channels or 4 * channels
         super().__init__(channels, embedding_channels, num_classes, guidance)
         self.patch_size, self.input_features = patch_size, input_features
+        self.blocks_per_level = blocks_per_level
         parts = Parts(embedding_channels, dropout, attention_heads, attention_head_dim, resample)
         widths = [channels * multiplier for multiplier in channel_multipliers]
         attends = [
@@ -196,6 +197,27 @@ class UNet(Conditioned):
         """
         p = self.patch_size
         embedding = self.embed(logsnr, label, guidance)
+        h, skips = self._to_the_middle(z, embedding)
+        for resolution in self.up:
+            h = resolution(h, embedding, skips)
+        output = self.conv_out(F.silu(self.norm_out(h)))
+        return rearrange(output, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
+
+    def feature_maps(
+        self,
+        z: Float[Tensor, "b c h w"],
+        logsnr: Float[Tensor, "b"],
+        label: Int[Tensor, "b"] | None = None,
+    ) -> list[Float[Tensor, "b _ _ _"]]:
+        """Returns what each resolution on the way down ends with, and the middle: maps of z."""
+        h, skips = self._to_the_middle(z, self.embed(logsnr, label, None))
+        return [*skips[self.blocks_per_level :: self.blocks_per_level + 1], h]
+
+    def _to_the_middle(
+        self, z: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
+    ) -> tuple[Float[Tensor, "b _ _ _"], list[Float[Tensor, "b _ _ _"]]]:
+        """Returns the middle's output, and what the way up is joined with."""
+        p = self.patch_size
         if self.input_features:
             angles = torch.cat([2**n * math.pi * z for n in self.input_features], dim=1)
             z = torch.cat([z, angles.sin(), angles.cos()], dim=1)
@@ -204,8 +226,4 @@ class UNet(Conditioned):
         for resolution in self.down:
             h = resolution(h, embedding, skips)
         h = self.middle_in(h, embedding)
-        h = self.middle_out(self.middle_attention(h), embedding)
-        for resolution in self.up:
-            h = resolution(h, embedding, skips)
-        output = self.conv_out(F.silu(self.norm_out(h)))
-        return rearrange(output, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
+        return self.middle_out(self.middle_attention(h), embedding), skips

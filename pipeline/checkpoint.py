@@ -59,7 +59,8 @@ class Checkpoint:
     logsnr from t = 1 down to +inf; sampler: the sampler to use on them; both None otherwise, unless
     diffusion.schedule is table: then a base model's grid has all levels that it was trained at.
     model: the weights in training; ema: their average; walker: the average that walks the paths of
-    the distillation; None if not kept. optimizer: its state, None in published files; scaler: the
+    the distillation; critic: the weights of the critic of an adversarial loss; None if not kept.
+    optimizer: its state, None in published files; scaler: the
     state of the loss scaler in fp16. lineage: digests of the weights that training started from: a
     student's teacher (teacher), and the file of --initialise (initial).
 
@@ -78,6 +79,7 @@ class Checkpoint:
     sampler: SamplerName | None = None
     ema: CheckedState | None = None
     walker: CheckedState | None = None
+    critic: CheckedState | None = None
     optimizer: dict[str, Any] | None = None
     scaler: Annotated[dict[str, Any], PlainValidator(as_scaler)] = field(default_factory=dict)
     lineage: Annotated[dict[Short, Short], Field(max_length=8)] = field(default_factory=dict)
@@ -142,6 +144,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def _entries(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the entries as plain values and tensors, as they are stored in a file."""
     entries = {entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)}
+    if checkpoint.critic is None:  # files without one can be read by earlier code
+        del entries["critic"]
     if checkpoint.grid is not None:
         entries["grid"] = list(checkpoint.grid[:-1])  # JSON has no infinity
     return entries | {"config": checkpoint.config.model_dump(mode="json")}
@@ -177,7 +181,8 @@ def load_checkpoint(path: Path | str, of_autoencoder: bool = False) -> Checkpoin
     for name, state in states.items():
         if state is not None and (wrong := misfit(state, checkpoint.config, checkpoint.kind)):
             raise InputError(f"{path}: {name}: not the network of its config: {wrong}")
-    require_finite({**states, "optimizer": checkpoint.optimizer}, path)
+    others = {"critic": checkpoint.critic, "optimizer": checkpoint.optimizer}
+    require_finite({**states, **others}, path)
     return checkpoint
 
 
@@ -246,7 +251,7 @@ def _read_saved(path: Path) -> Any:
 # --- publishing -----------------------------------------------------------------------------------
 
 # Entries that are not in the header of a published file.
-NOT_PUBLISHED = ("model", "ema", "walker", "optimizer", "scaler")
+NOT_PUBLISHED = ("model", "ema", "walker", "critic", "optimizer", "scaler")
 
 
 def publish_checkpoint(path: Path, checkpoint: Checkpoint, half: bool) -> None:

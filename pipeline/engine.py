@@ -55,10 +55,16 @@ def accelerated(
         call = torch.compile(network, dynamic=False)
     if engine.precision == "fp32":
         return call
-    dtype = AUTOCAST[engine.precision]
 
     def under_autocast(z: Tensor, logsnr: Tensor, **condition: Any) -> Tensor:
-        with torch.autocast(device.type, dtype):
+        with autocast(engine, device):
             return call(z, logsnr, **condition)
 
     return under_autocast
+
+
+def autocast(engine: EngineConfig, device: torch.device) -> torch.autocast:
+    """Returns a context in which networks run in the engine's precision."""
+    return torch.autocast(
+        device.type, AUTOCAST.get(engine.precision), enabled=engine.precision in AUTOCAST
+    )

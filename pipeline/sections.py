@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from diffusion.distillation import METHODS
+from diffusion.losses import ADVERSARIAL
 from models.networks import NetworkSection
 from pipeline.values import (
     DatasetName,
@@ -157,6 +158,11 @@ class DistillationConfig(Recipe):
                     f"ema_decay: the method {name} evaluates an average of the student's weights; "
                     "give its decay, e.g. 0.999"
                 )
+        if self.losses is not None and self.losses.keys() == {ADVERSARIAL}:
+            raise ValueError(
+                f"losses: {ADVERSARIAL} alone forgets the teacher; give another term beside it, "
+                f"e.g. {{snr_trunc: 0.3, {ADVERSARIAL}: 0.05}}"
+            )
         if self.guidance is not None and self.guidance[0] >= self.guidance[1]:
             raise ValueError(f"guidance: {list(self.guidance)} is no range; give [low, high]")
         if isinstance(self.grid, tuple):

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 
 from diffusion.distillation import METHODS
 from diffusion.gaussian import OUTPUT_TYPES
-from diffusion.losses import LOSSES, SQUARED_ERRORS
+from diffusion.losses import ADVERSARIAL, LOSSES, SQUARED_ERRORS
 from diffusion.samplers import make_sampler
 from diffusion.schedule import SCHEDULES
 from pipeline.data import DATASETS
@@ -51,5 +51,5 @@ DatasetName = Annotated[str, one_of(DATASETS)]
 OutputTypeName = Annotated[str, one_of(OUTPUT_TYPES)]
 ScheduleName = Annotated[str, one_of([*SCHEDULES, TABLE])]
 LossWeightName = Annotated[str, one_of(SQUARED_ERRORS)]
-LossName = Annotated[str, one_of(LOSSES)]
+LossName = Annotated[str, one_of((*LOSSES, ADVERSARIAL))]
 MethodName = Annotated[str, one_of(METHODS)]

@@ -65,6 +65,12 @@ LADDERS = {
         "ladder": [8, 4],
         "losses": {"snr_trunc": 1.0, "energy": 0.3, "perceptual": 0.1},
     },
+    "adversarial": {"ladder": [8, 4, 1], "losses": {"snr_trunc": 1.0, "adversarial": 0.1}},
+    "guided, adversarial": {
+        "ladder": [8, 8, 4],
+        "guidance": [0.0, 4.0],
+        "losses": {"snr_trunc": 1.0, "adversarial": 0.1},
+    },
     "pull": {"ladder": [8, 4], "pull": 0.1},
     "guided": {"ladder": [8, 8, 4], "guidance": [0.0, 4.0]},
     "smaller": {"ladder": [8, 8, 4], "student": SMALL},
@@ -217,6 +223,7 @@ def test_a_ladder_gives_students_of_the_grids_and_samplers_asked_for(name, ladde
         assert (student.ema is not None) == (recipe.ema_decay is not None)
         assert (("walker", student.stage) in steps.averages) == method.needs_average
         assert student.walker is None
+        assert student.critic is None
         assert student.optimizer is None
         grid = student.levels()
         if recipe.grid == "uniform":

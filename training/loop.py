@@ -51,7 +51,6 @@ def train_updates(
     process and one step, up to rounding. An update whose gradient is not finite is skipped, in all
     processes alike; SKIPS_IN_A_ROW of them raise InputError.
     """
-    parameters = list(trainee.network.parameters())
     limit = math.inf if stage.gradient_clip is None else stage.gradient_clip
     rows = rows_of_process(stage.batch_size, stage.accumulate, world)
     own = slice(rows[0].start, rows[-1].stop)
@@ -67,12 +66,13 @@ def train_updates(
         condition = {"label": labels} if stage.conditional and labels is not None else {}
         losses, logsnr = backward(trainee, stage, objective, world, images, condition, codec)
         trainee.scaler.unscale_(trainee.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norms = [nn.utils.clip_grad_norm_(group, limit) for group in trainee.parameters]
         stops = torch.tensor(float(stop.requested), device=world.device)
         # One transfer from the device for all figures of an update.
-        reduced = torch.stack([losses.sum() / stage.batch_size, stops, norm / world.size])
-        loss_value, num_stops, norm_value = world.sum(reduced).tolist()
-        finite = math.isfinite(norm_value)
+        norms = [norm / world.size for norm in norms]
+        reduced = torch.stack([losses.sum() / stage.batch_size, stops, *norms])
+        loss_value, num_stops, *norm_values = world.sum(reduced).tolist()
+        finite = all(map(math.isfinite, norm_values))
         if finite:
             skips = 0
             trainee.step(stage, rate)
@@ -84,7 +84,7 @@ def train_updates(
         yield Metrics(
             update=trainee.update,
             loss=loss_value,
-            gradient_norm=norm_value,
+            gradient_norm=norm_values[0],
             learning_rate=rate,
             skipped=not finite,
             stop=num_stops > 0,

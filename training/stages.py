@@ -8,15 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.adversarial import Adversary
 from diffusion.gaussian import Denoise, conditioned, guided
 from diffusion.grids import (
     Grid,
     adaptive_grid,
     jump_errors,
 )
-from diffusion.losses import SQUARED_ERRORS, weighted_sum
+from diffusion.losses import ADVERSARIAL, SQUARED_ERRORS, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
 from diffusion.schedule import on_device
+from models.critic import Critic
 from pipeline.build import build_denoiser, load_denoiser
 from pipeline.checkpoint import Checkpoint, save_checkpoint
 from pipeline.network import BUILDERS, build_schedule, load_weights
@@ -61,7 +63,7 @@ def train_stage(
     grid of samples beside each, or student-<steps>.pt of a student.
     """
     task = task or Task(make_objective, draw_samples if teacher is None else None)
-    device, training = run.world.device, run.config.training
+    training = run.config.training
     keep, milestones = training.keep_checkpoints, training.milestone_every
     policy = (keep, milestones, stage.of_autoencoder) if teacher is None else ()
     files = StageFiles(run.output, stage.num_steps, *policy)
@@ -77,9 +79,7 @@ def train_stage(
     if newest is not None and finished and teacher is not None:
         return newest[1]
 
-    network = BUILDERS[start.kind](start.config, device, None if teacher is None else 0.0)
-    load_weights(network, start.model, files.path(stage.updates, last=True))
-    trainee = make_trainee(network, stage, run.world, run.config.engine.precision == "fp16")
+    trainee = first_trainee(run, stage, start)
     if newest is not None:
         trainee.restore(newest[1], newest[0])
         say(f"going on from {newest[0]}")
@@ -116,6 +116,15 @@ def train_stage(
         run.tracker,
     )
     return snapshot()
+
+
+def first_trainee(run: Run, stage: Stage, start: Checkpoint) -> Trainee:
+    """The network of a stage before its first update, with what is trained beside it."""
+    dropout = 0.0 if start.kind == "student" else None  # None: the config's
+    network = BUILDERS[start.kind](start.config, run.world.device, dropout)
+    load_weights(network, start.model, run.output)
+    fp16 = run.config.engine.precision == "fp16"
+    return make_trainee(network, stage, run.world, fp16, make_critic(run, stage))
 
 
 def draw_samples(run: Run, trainee: Trainee, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
@@ -192,5 +201,35 @@ def make_objective(
     average = None if walker is None else build_denoiser(config, walker, device)
     walks = teacher_denoiser(run, stage, teacher)
     legs = stage.method.legs(len(paths) - 1, walks, average)
-    loss = weighted_sum(stage.losses)
-    return distillation_objective(denoiser, legs, paths, loss, stage.time_exponent, stage.guidance)
+    weights = {name: weight for name, weight in stage.losses.items() if name != ADVERSARIAL}
+    return distillation_objective(
+        denoiser,
+        legs,
+        paths,
+        weighted_sum(weights),
+        stage.time_exponent,
+        stage.guidance,
+        make_adversary(run, stage, trainee),
+    )
+
+
+# --- the adversarial loss -------------------------------------------------------------------------
+
+
+def make_critic(run: Run, stage: Stage) -> Critic | None:
+    """The critic of a stage before its first update, if its loss has an adversarial term."""
+    if run.features is None or ADVERSARIAL not in stage.losses:
+        return None
+    shape = run.codec.shape(run.config.data.image_size, run.config.data.channels)
+    z = torch.zeros(1, *shape, device=run.world.device)
+    widths = [maps.shape[1] for maps in run.features(z, z.new_zeros(1))]
+    torch.manual_seed(generator("cpu", stage.seed, "critic", stage.number).initial_seed())
+    return Critic(widths).to(run.world.device)
+
+
+def make_adversary(run: Run, stage: Stage, trainee: Trainee) -> Adversary | None:
+    """The adversarial term of a stage's loss, if it has one."""
+    critic, called = trainee.critic, trainee.called_critic
+    if critic is None or called is None or run.features is None:
+        return None
+    return Adversary(critic, called, run.features, stage.losses[ADVERSARIAL])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion.adversarial import Features
 from diffusion.grids import (
     Grid,
     coarser_grid,
@@ -31,7 +32,8 @@ from utils.processes import World
 class Run:
     """What all stages of a run share. name: of its config; output: its folder.
 
-    tracker: what its curves are sent to, beside TensorBoard; None for nothing.
+    tracker: what its curves are sent to, beside TensorBoard; None for nothing. features: what the
+    critic of an adversarial loss sees, if there is one.
     """
 
     config: Config
@@ -40,6 +42,7 @@ class Run:
     world: World
     dataset: Dataset
     tracker: Tracker | None = None
+    features: Features | None = None
 
     @property
     def codec(self) -> Codec:

@@ -1,7 +1,8 @@
 """What changes while training: weights, their averages, the optimiser."""
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.critic import Critic
 from pipeline.checkpoint import Checkpoint
 from pipeline.network import load_weights
 from training.stage import Stage
 from utils.command import InputError
 from utils.processes import World
+
+CRITICS_ADAM = {"lr": 1e-3, "betas": (0.5, 0.99)}
 
 
 @dataclass
@@ -22,7 +26,8 @@ class Trainee:
 
     called: the network as the loss calls it, wrapped for several processes. ema: the average that
     is evaluated, or None. walker: the average that walks a student's paths, or None. initial: the
-    weights that training pulls back to (Stage.pull), or None. scaler: of the loss, for fp16.
+    weights that training pulls back to (Stage.pull), or None. critic: of an adversarial loss, or
+    None; called_critic: as its own loss calls it. scaler: of the loss, for fp16.
     """
 
     network: nn.Module
@@ -32,6 +37,8 @@ class Trainee:
     ema: nn.Module | None = None
     walker: nn.Module | None = None
     initial: list[Tensor] | None = None
+    critic: Critic | None = None
+    called_critic: nn.Module | None = None
     update: int = 0
 
     def state(self, resumable: bool = True) -> dict[str, Any]:
@@ -49,6 +56,7 @@ class Trainee:
         return {
             **used,
             "walker": None if self.walker is None else self.walker.state_dict(),
+            "critic": None if self.critic is None else self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -60,6 +68,8 @@ class Trainee:
             load_weights(self.ema, stored.weights, where)
         if self.walker is not None:
             load_weights(self.walker, stored.walker or {}, where)
+        if self.critic is not None:
+            load_weights(self.critic, stored.critic or {}, where)
         try:
             load_optimizer(self.optimizer, stored.optimizer or {})
         except ValueError as error:
@@ -70,8 +80,7 @@ class Trainee:
 
     def step(self, stage: Stage, rate: float) -> None:
         """One step of the optimiser, then of the averages."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate  # a critic keeps its own
         self.scaler.step(self.optimizer)
         if self.initial is not None:  # decoupled decay towards the initial weights
             with torch.no_grad():
@@ -82,15 +91,33 @@ class Trainee:
         if self.walker is not None and stage.walker_decay is not None:
             update_ema(self.walker, self.network, stage.walker_decay)
 
-    def synchronised(self, now: bool) -> AbstractContextManager[Any]:
+    @property
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """Those of the network; those of the critic, if there is one."""
+        trained = [self.network] if self.critic is None else [self.network, self.critic]
+        return [list(module.parameters()) for module in trained]
+
+    @contextmanager
+    def synchronised(self, now: bool) -> Iterator[None]:
         """A context in which a backward pass averages gradients over processes only if now."""
-        if now or not isinstance(self.called, nn.parallel.DistributedDataParallel):
-            return nullcontext()
-        return self.called.no_sync()  # type: ignore[no-any-return]
+        with ExitStack() as stack:
+            for called in (self.called, self.called_critic):
+                if isinstance(called, nn.parallel.DistributedDataParallel) and not now:
+                    stack.enter_context(called.no_sync())
+            yield
 
 
-def make_trainee(network: nn.Module, stage: Stage, world: World, fp16: bool = False) -> Trainee:
-    """The network at the beginning of a stage; its averages begin as its weights."""
+def make_trainee(
+    network: nn.Module,
+    stage: Stage,
+    world: World,
+    fp16: bool = False,
+    critic: Critic | None = None,
+) -> Trainee:
+    """The network at the beginning of a stage; its averages begin as its weights.
+
+    critic: of an adversarial loss, trained beside it.
+    """
 
     def average() -> nn.Module:
         return copy.deepcopy(network).requires_grad_(False).eval()
@@ -99,22 +126,33 @@ def make_trainee(network: nn.Module, stage: Stage, world: World, fp16: bool = Fa
     return Trainee(
         network=network,
         called=world.wrap(network),
-        optimizer=make_optimizer(network, stage.weight_decay),
+        optimizer=make_optimizer(network, stage.weight_decay, critic),
         scaler=torch.amp.GradScaler(world.device.type, enabled=fp16),
         ema=None if stage.ema_decay is None else average(),
         walker=None if stage.walker_decay is None else average(),
         initial=initial,
+        critic=critic,
+        called_critic=None if critic is None else world.wrap(critic),
     )
 
 
 # --- optimiser and averages -----------------------------------------------------------------------
 
 
-def make_optimizer(network: nn.Module, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """Adam (0.9, 0.999) with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    return torch.optim.AdamW(
-        network.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
-    )
+def make_optimizer(
+    network: nn.Module, weight_decay: float = 0.0, critic: Critic | None = None
+) -> torch.optim.Optimizer:
+    """Adam (0.9, 0.999) with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    critic: learns at a rate of its own, which stays the same, with a shorter memory, as what it
+    learns changes all the time.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": network.parameters(), "lr": 0.0, "weight_decay": weight_decay}
+    ]
+    if critic is not None:
+        groups.append({"params": critic.parameters(), **CRITICS_ADAM})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:

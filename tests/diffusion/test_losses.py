@@ -53,15 +53,16 @@ def test_losses_are_finite_in_float32_over_the_whole_range(name, output_type):
 
 def example(x_hat, x, is_sample=None, target=None):
     logsnr = torch.full((len(x),), -3.0, dtype=x.dtype)
-    if is_sample is None:
-        is_sample = torch.ones(len(x), dtype=torch.bool)
+    end = torch.full_like(logsnr, torch.inf)
+    if is_sample is not None:
+        end = torch.where(is_sample, end, 0.0)
     target = x if target is None else target
     return Example(
         Prediction(x_hat, torch.zeros_like(x)),
         Prediction(target, torch.zeros_like(x)),
         x,
         logsnr,
-        is_sample,
+        end,
     )
 
 
