@@ -1,20 +1,20 @@
-"""The adversarial term: a critic learns to tell where a student's steps end from real images.
+"""The adversarial term: a critic learns to tell a student's samples from real images.
 
-A step of the student from noise level t to s should end at a sample of q(z_s), as a real image
-noised to s is. Both are noised further, to a random level m, and a critic D, which is trained at
-the same time, compares them (Goodfellow et al. 2014, with the non-saturating loss; on noised images
-Xiao et al. 2022, equation 4):
+From where its step ended the student goes on, in its own steps, to a sample. The sample and a real
+image are noised to a random level m, and a critic D, which is trained at the same time, compares
+them (Goodfellow et al. 2014, with the non-saturating loss; on noised images: Xiao et al. 2022):
 
     student: softplus(-D(z_m)),    critic: softplus(D(z_m)) + softplus(-D(y_m)) + penalty
 
 z of the student, y of real images. D sees the features of a frozen diffusion model (Sauer et al.
-2024, LADD). A student that only follows its teacher cannot be better than the teacher's samples;
-with this term it can.
+2024, LADD). The gradient passes through all steps of the student. A student that only follows its
+teacher cannot be better than the teacher's samples; with this term it can.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from diffusion.gaussian import ddim_step, diffuse
+from diffusion.gaussian import Denoise, ddim_step, diffuse
 from diffusion.losses import Example
+from diffusion.paths import Paths
 from diffusion.schedule import alpha_sigma
 
 Features = Callable[..., list[Tensor]]
 """(z, logsnr, **condition) -> feature maps of a frozen network."""
 
-LEAST, MOST = 0.03, 0.63  # of the way from s to nothing but noise: where the critic looks
+LEAST, MOST = 0.03, 0.63  # of the way to nothing but noise: where the critic looks
+LEAST_NOISE = 20.0  # the logsnr that a network is asked for where its answer is not used
 NUDGE = 0.05  # the standard deviation of the penalty's noise
 PENALTY = 0.01
 
@@ -56,6 +58,37 @@ def noise_further(
     return r * z_s + (sigma_m**2 - (r * sigma_s) ** 2).clamp(min=0.0).sqrt() * noise
 
 
+def onward(paths: Paths) -> Paths:
+    """The levels that a student passes from the end of each transition on, (n, M).
+
+    Column i begins with the end of transition i, goes on with that of the one which starts there,
+    and so on; the last level is repeated where others take longer.
+    """
+    starts, ends = paths[0].tolist(), paths[-1].tolist()
+    follows = dict(zip(starts, ends, strict=True))
+    columns = [[end] for end in ends]
+    for column in columns:
+        while column[-1] in follows:
+            column.append(follows[column[-1]])
+    longest = max(map(len, columns))
+    padded = [column + column[-1:] * (longest - len(column)) for column in columns]
+    return torch.tensor(padded, dtype=paths.dtype, device=paths.device).T
+
+
+def walk_on(
+    student: Denoise, z: Float[Tensor, "b ..."], levels: Float[Tensor, "n b"]
+) -> Float[Tensor, "b ..."]:
+    """Where the student's DDIM steps through these levels end, with gradients through all of them.
+
+    A step between equal levels changes nothing.
+    """
+    for here, there in pairwise(levels):
+        moves = (here != there).reshape(-1, *[1] * (z.ndim - 1))
+        prediction = student(z, here.clamp(max=LEAST_NOISE))
+        z = torch.where(moves, ddim_step(prediction, there), z)
+    return z
+
+
 @dataclass(frozen=True)
 class Adversary:
     """A critic in training, and the loss that it adds to a student's.
@@ -72,24 +105,30 @@ class Adversary:
     @staticmethod
     def draw(rng: torch.Generator, shape: torch.Size) -> dict[str, Tensor]:
         """Returns what the loss draws at random, for images of this shape (B, ...)."""
-        names = ("of_real", "further", "further_real", "nudge", "nudge_real")
+        names = ("further", "of_real", "nudge", "nudge_real")
         drawn = {n: torch.randn(shape, generator=rng, device=rng.device) for n in names}
         return drawn | {"share": torch.rand(shape[0], generator=rng, device=rng.device)}
 
     def loss(
-        self, example: Example, condition: dict[str, Tensor], drawn: dict[str, Tensor]
+        self,
+        example: Example,
+        student: Denoise,
+        levels: Float[Tensor, "n b"],
+        condition: dict[str, Tensor],
+        drawn: dict[str, Tensor],
     ) -> Float[Tensor, "b"]:
         """Returns the student's term for each example; its gradient trains the critic as well.
 
-        condition: of the frozen network. No gradient of the student's term reaches the critic, and
-        none of the critic's reaches the student, although one backward pass computes both. The
-        critic's term is not part of the value.
+        levels: those that the student passes from the end of its step on (onward). condition: of
+        the frozen network. No gradient of the student's term reaches the critic, and none of the
+        critic's reaches the student, although one backward pass computes both. The critic's term is
+        not part of the value.
         """
-        end = example.end
+        end = levels[-1]
         level = further_level(end, LEAST + (MOST - LEAST) * drawn["share"].to(end.dtype))
-        fake = noise_further(ddim_step(example.prediction, end), drawn["further"], end, level)
-        real = diffuse(example.x, drawn["of_real"], end)
-        real = noise_further(real, drawn["further_real"], end, level)
+        sample = walk_on(student, ddim_step(example.prediction, levels[0]), levels)
+        fake = noise_further(sample, drawn["further"], end, level)
+        real = diffuse(example.x, drawn["of_real"], level)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
         judged = functional_call(self.critic, frozen, (self.features(fake, level, **condition),))
         critics = self._critics_loss(fake.detach(), real, level, condition, drawn)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion.adversarial import Adversary
+from diffusion.adversarial import Adversary, onward
 from diffusion.distillation import distillation_loss
 from diffusion.gaussian import Denoise, Prediction, conditioned, diffuse
 from diffusion.losses import Example, Loss
@@ -97,7 +97,7 @@ def distillation_objective(
     each image and given to the student and to all walkers (Meng et al. 2023). adversary: adds its
     term to the loss.
     """
-    num_transitions = paths.shape[1]
+    num_transitions, following = paths.shape[1], onward(paths)
 
     def draw(rng: torch.Generator, shape: torch.Size) -> Tensors:
         eps = torch.randn(shape, generator=rng, device=rng.device)
@@ -112,9 +112,12 @@ def distillation_objective(
 
     def losses(x: Tensor, condition: Tensors, drawn: Tensors) -> tuple[Tensor, Tensor]:
         def terms(example: Example) -> Tensor:
-            return loss(example) + (adversary.loss(example, known, drawn) if adversary else 0.0)
+            if adversary is None:
+                return loss(example)
+            on = following[:, drawn["i"]]
+            return loss(example) + adversary.loss(example, denoise, on, of_images, drawn)
 
-        known = condition  # by the critic's network, which takes no guidance weight
+        of_images = condition  # without a guidance weight, which the critic's network does not take
         if "guidance" in drawn:
             condition = {**condition, "guidance": drawn["guidance"]}
         denoise, *walk = (conditioned(d, **condition) for d in (student, *legs))

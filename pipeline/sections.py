@@ -117,7 +117,8 @@ class DistillationConfig(Recipe):
     the strength of the decay towards the teacher's weights.
 
     method, updates_per_stage, learning_rate, time_exponent: one value, or a list with one for each
-    stage. The learning rate falls to 0 in every stage. time_exponent: 1 draws all transitions
+    stage. The learning rate falls to 0 in every stage; over the first warmup updates it rises, so
+    that the critic of an adversarial loss learns first. time_exponent: 1 draws all transitions
     equally often, as in the paper; p draws transition i of N with probability
     ((i + 1) / N)^p - (i / N)^p, the noisier ones more often.
     """
@@ -132,6 +133,7 @@ class DistillationConfig(Recipe):
     data: DatasetName | None = None
     updates_per_stage: Count | ListOf[Count] = 5000
     learning_rate: Rate | ListOf[Rate] = 1.0e-4
+    warmup: Annotated[int, Field(ge=0, le=2**31)] = 0
     time_exponent: Exponent | ListOf[Exponent] = 1.0
     loss_weight: LossWeightName = "snr_trunc"
     losses: Annotated[dict[LossName, Positive], Field(min_length=1)] | None = None

@@ -104,6 +104,7 @@ def student_stages(config: Config, first_number: int = 1) -> tuple[Stage, ...]:
                 updates=own["updates_per_stage"],
                 updates_after=ladder.updates_after(position),
                 learning_rate=own["learning_rate"],
+                warmup=ladder.warmup,
                 ema_decay=ladder.ema_decay,
                 num_steps=num_steps,
                 teacher_steps=teacher_steps,

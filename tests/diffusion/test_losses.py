@@ -25,8 +25,7 @@ def test_a_loss_is_its_weight_times_the_squared_error_of_x(name, level, seed):
     logsnr = torch.full((4,), level, dtype=torch.float64)
     prediction, target = (Prediction(y, eps_from_x(z, y, logsnr)) for y in (x_hat, x))
     expected = WEIGHTS[name](logsnr.exp()) * (x_hat - x).square().mean((1, 2, 3))
-    no_samples = torch.zeros(4, dtype=torch.bool)
-    loss = LOSSES[name](Example(prediction, target, x, logsnr, no_samples))
+    loss = LOSSES[name](Example(prediction, target, x, logsnr, end=logsnr))
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
 
 
