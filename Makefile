@@ -11,7 +11,7 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate clean_ground evaluate_clean by_class experiments ablation methods networks pipeline gpu latency demo test \
+.PHONY: help install quickstart results evaluate clean_ground evaluate_clean adversarial evaluate_adversarial by_class experiments ablation methods networks pipeline gpu latency demo test \
 	test-slow test-demo torture lint format mutants notebook lock clean
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
 	@echo 'make evaluate     measure the published weights (hours)'
 	@echo 'make clean_ground the published weights, trained on until their ground is black (two hours)'
+	@echo 'make adversarial  their students, drawn towards the data as well (an hour)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
@@ -105,6 +106,25 @@ evaluate_clean: $(VENV)/.installed
 	$(RANKS) evaluate.py --output output/clean_ground --checkpoint pretrained/clean/*.safetensors --steps 64 --count 2000
 	mkdir -p docs/clean
 	cp output/clean_ground/results.* output/clean_ground/distances.png docs/clean/
+
+# The students of pretrained/clean, drawn towards the data by an adversarial term as well.
+WITH_TERM = output/distilled/adversarial
+adversarial: $(VENV)/.installed
+	$(RANKS) distill.py --teacher_model_checkpoint pretrained/clean/mnist-teacher.safetensors --output $(WITH_TERM) \
+		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,pretrained/clean/mnist-$(n).safetensors) \
+		--set distillation.ladder=[64,8,4,2,1] "distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" \
+		distillation.batch_size=32 distillation.updates_per_stage=[300,600,1000,1800] \
+		distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] distillation.warmup=100 \
+		distillation.ema_decay=0.998 distillation.checkpoint_every=100 engine.precision=fp32
+	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/adversarial \
+		--checkpoint $(foreach n,8 4 2 1,$(WITH_TERM)/student-$(n).pt)
+	$(MAKE) evaluate_adversarial
+
+evaluate_adversarial: $(VENV)/.installed
+	$(RANKS) evaluate.py --output output/with_term --checkpoint pretrained/clean/mnist-teacher.safetensors \
+		pretrained/adversarial/*.safetensors --steps 64 --count 2000
+	mkdir -p docs/adversarial
+	cp output/with_term/results.* output/with_term/distances.png docs/adversarial/
 
 # A teacher that knows the classes, and its students that take the guidance weight as an input.
 BY_CLASS = output/mnist_conditional/diffusion-4000.pt

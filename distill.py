@@ -2,9 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.command import GO_ON, InputError, add_common_arguments, path_name, run_script, say
+
+if TYPE_CHECKING:
+    from training.stage import Stage
+    from training.starts import Initial, Run
 
 DESCRIPTION = """\
 Distil a model into fewer sampling steps: each stage copies its teacher into a student that learns
@@ -32,8 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 def distill(arguments: argparse.Namespace) -> None:
     """Distils the ladder stage by stage, or goes on where an earlier run was stopped."""
     from diffusion.losses import ADVERSARIAL
-    from evaluation.curves import draw_loss_curve
-    from evaluation.report import LadderReport
     from pipeline.build import build_dataset, frozen_features
     from pipeline.checkpoint import load_checkpoint
     from pipeline.checkpoint_checks import require_name
@@ -42,8 +46,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from training.ladder import distillation_config
     from training.loop import rows_of_process
     from training.stage import student_stages
-    from training.stages import train_stage
-    from training.starts import Run, initial_of, student_start
+    from training.starts import Run, initial_of
     from training.tracking import open_tracker
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
@@ -82,20 +85,37 @@ def distill(arguments: argparse.Namespace) -> None:
         with open_folder(output, world, "student-", arguments.restart):
             if world.leads:
                 require_same_ladder(output, recipe.steps()[1:], base.stage + 1)
-            report = LadderReport(run, base, base_path)
-            teacher = base
-            for stage in stages:
-                start = student_start(run, stage, teacher, begin.get(stage.number))
-                teacher = train_stage(run, stage, start, teacher)
-                report.add(teacher)
-            report.finish()
-            if world.leads:
-                draw_loss_curve(output)
+            train_ladder(run, stages, (base_path, base), begin)
+    steps = recipe.steps()[-1]
     say(
-        f"\ndistilled to {teacher.num_steps} steps: {output}/student-*.pt; the table in "
+        f"\ndistilled to {steps} steps: {output}/student-*.pt; the table in "
         f"{output}/ladder.md, comparison.png, ladder.png and loss.png beside it\n"
-        f"next: python sample.py --checkpoint {output}/student-{teacher.num_steps}.pt"
+        f"next: python sample.py --checkpoint {output}/student-{steps}.pt"
     )
+
+
+def train_ladder(
+    run: "Run", stages: "Sequence[Stage]", base: "Initial", begin: "Mapping[int, Initial]"
+) -> None:
+    """Trains every student, each the teacher of the next, and reports on all of them.
+
+    base: the first teacher's file, and its checkpoint. begin: what students begin with instead of
+    their teacher's weights, by the numbers of their stages.
+    """
+    from evaluation.curves import draw_loss_curve
+    from evaluation.report import LadderReport
+    from training.stages import train_stage
+    from training.starts import student_start
+
+    path, teacher = base
+    report = LadderReport(run, teacher, path)
+    for stage in stages:
+        start = student_start(run, stage, teacher, begin.get(stage.number))
+        teacher = train_stage(run, stage, start, teacher)
+        report.add(teacher)
+    report.finish()
+    if run.world.leads:
+        draw_loss_curve(run.output)
 
 
 def require_elsewhere(output: Path, *files: Path) -> None:

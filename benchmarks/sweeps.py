@@ -194,6 +194,10 @@ METHODS = Sweep(
     variants={
         "progressive": HALVED,
         "progressive_energy": [*HALVED, *distillation(losses="{snr_trunc: 1.0, energy: 0.3}")],
+        "progressive_adversarial": [
+            *HALVED,
+            *distillation(losses="{snr_trunc: 0.3, adversarial: 0.3}", warmup=50),
+        ],
         "four_to_one": distillation(ladder=[64, 16, 4, 1], updates_per_stage=[1, 2, 2]),
         "straight_8": distillation(ladder=[64, 8]),
         "adaptive_8": distillation(ladder=[64, 8], grid="adaptive"),

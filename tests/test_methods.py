@@ -588,7 +588,7 @@ def test_published_weights_have_the_uniform_grid_and_ddim(path):
 # --- two processes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tract", "guided"])
+@pytest.mark.parametrize("name", ["tract", "guided", "adversarial"])
 def test_two_processes_distil_what_one_distils(name, ladders, teachers, tmp_path):
     """As tests/test_distributed.py has it of training and halving."""
     folder, _ = ladders(name)

@@ -3,8 +3,12 @@
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING, Any
 
 from utils.command import InputError, path_name, run_script, say
+
+if TYPE_CHECKING:
+    from pipeline.diffusers_folder import NetworkFile, Scheduler
 
 DESCRIPTION = """\
 Write the UNet2DModel of a diffusers pipeline, with the noise levels of its DDPM or DDIM scheduler,
@@ -43,26 +47,7 @@ def import_pipeline(arguments: argparse.Namespace) -> None:
     network = source.read_network(unet / "config.json")
     levels = scheduler.grid[:-1].flip(0)
     ladder = suggested_ladder(len(levels), scheduler.prediction)
-    values = {
-        "data": {
-            "name": "image_folder",
-            "image_size": network.sample_size,
-            "channels": network.in_channels,
-        },
-        "model": {
-            "name": "diffusers_unet",
-            "config": source.network_arguments(network),
-            "num_train_timesteps": len(levels),
-            "num_classes": network.num_class_embeds,
-            "dropout": network.dropout,
-        },
-        "diffusion": {"prediction": scheduler.prediction, "schedule": "table"},
-        "distillation": {
-            "ladder": ladder,
-            "prediction": "v" if scheduler.prediction == "eps" else None,
-        },
-        "sampling": {"steps": len(levels), "clip": scheduler.clip},
-    }
+    values = config_values(network, scheduler, ladder)
     config = make_config(override(values, arguments.set), str(folder))
     weights = source.read_weights(unet)
     model = {"table": levels, **{f"unet.{key}": tensor for key, tensor in weights.items()}}
@@ -88,6 +73,35 @@ def import_pipeline(arguments: argparse.Namespace) -> None:
         f"predict {config.distillation.prediction or scheduler.prediction}\n"
         f"next: {shlex.join(command)}"
     )
+
+
+def config_values(
+    network: "NetworkFile", scheduler: "Scheduler", ladder: list[int]
+) -> dict[str, Any]:
+    """Returns the config of a pipeline's network, levels and sampler, and of its ladder."""
+    from pipeline import diffusers_folder as source
+
+    num_levels = len(scheduler.grid) - 1
+    return {
+        "data": {
+            "name": "image_folder",
+            "image_size": network.sample_size,
+            "channels": network.in_channels,
+        },
+        "model": {
+            "name": "diffusers_unet",
+            "config": source.network_arguments(network),
+            "num_train_timesteps": num_levels,
+            "num_classes": network.num_class_embeds,
+            "dropout": network.dropout,
+        },
+        "diffusion": {"prediction": scheduler.prediction, "schedule": "table"},
+        "distillation": {
+            "ladder": ladder,
+            "prediction": "v" if scheduler.prediction == "eps" else None,
+        },
+        "sampling": {"steps": num_levels, "clip": scheduler.clip},
+    }
 
 
 def suggested_ladder(num_levels: int, prediction: str) -> list[int]:

@@ -100,6 +100,16 @@ def test_a_config_without_resample_keeps_its_residual_blocks():
             "sampling.clip",
             "false, but diffusion.clip: true clips everywhere",
         ),
+        (
+            {"distillation": {"losses": {"adversarial": 1.0}}},
+            "distillation",
+            "give another term beside it",
+        ),
+        (
+            {"distillation": {"losses": {"adversarail": 1.0}}},
+            "distillation.losses.adversarail",
+            "energy, adversarial",
+        ),
         ({"sampling": {"sampler": "ddpm"}}, "sampling.sampler", "ddim, ancestral"),
         ({"data": {"image_size": 30}}, "data.image_size", "not divisible by 8"),
         ({"model": {"patch_size": 3}}, "data.image_size", "not divisible by 24"),

@@ -290,6 +290,13 @@ def test_two_stages_are_distilled_and_sampled(tmp_path, capsys):
     more = ("--set", "distillation.ladder=[40,20]", "--output", tmp_path / "more")
     line = refused(capsys, distill, "--teacher_model_checkpoint", path, *more)
     assert f"{path}: has 20 noise levels, but is asked for 40 steps" in line
+    critic = (
+        "distillation.losses={snr_trunc: 1.0, adversarial: 0.1}",
+        "distillation.ladder=[20,10]",
+    )
+    more = ("--set", *critic, "--output", tmp_path / "critic")
+    line = refused(capsys, distill, "--teacher_model_checkpoint", path, *more)
+    assert f"{path}: distillation.losses: adversarial takes the features of the teacher" in line
 
 
 def test_an_eps_teacher_is_matched_by_v_students(tmp_path, capsys):
