@@ -11,8 +11,9 @@ RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate clean_ground evaluate_clean adversarial evaluate_adversarial by_class experiments ablation methods networks pipeline gpu latency demo test \
-	test-slow test-demo torture lint format mutants notebook lock clean
+.PHONY: help install quickstart results evaluate clean_ground evaluate_clean adversarial evaluate_adversarial by_class \
+	experiments ablation methods networks pipeline gpu latency demo test test-slow test-demo torture lint format mutants \
+	notebook lock clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
@@ -67,7 +68,7 @@ results: $(VENV)/.installed
 		--teacher_model_checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1)
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained \
 		--checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1) \
-		$(foreach n,64 32 16 8 4 2 1,output/distilled/mnist_small/student-$(n).pt)
+		$(foreach n,64 8 4 2 1,output/distilled/mnist_small/student-$(n).pt)
 	$(MAKE) evaluate
 	mkdir -p docs/mnist
 	cp output/evaluation/results.* output/evaluation/distances.png output/distilled/mnist_small/comparison.png \
@@ -95,7 +96,7 @@ SECOND = output/distilled/mnist_clean_again
 CLEAN_LADDER = $(RANKS) distill.py --config_path configs/mnist_clean.yaml --teacher_model_checkpoint $(CLEAN)
 clean_ground: $(VENV)/.installed
 	$(RANKS) train.py --config_path configs/mnist_clean.yaml --initialise pretrained/mnist-teacher.safetensors
-	$(CLEAN_LADDER) --initialise $(foreach n,16-steps 8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
+	$(CLEAN_LADDER) --initialise $(foreach n,8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
 	$(CLEAN_LADDER) --output $(SECOND) --set distillation.updates_per_stage=[300,600,500,450,450] \
 		--initialise $(foreach n,4 2 1,$(FIRST)/student-$(n).pt)
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/clean --checkpoint $(CLEAN) \

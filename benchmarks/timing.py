@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffusion.adversarial import onward
 from diffusion.losses import ADVERSARIAL
 from pipeline.build import build_dataset, frozen_features
 from pipeline.checkpoint import Checkpoint
@@ -17,6 +18,8 @@ from training.stage import Stage, base_stage, student_stages
 from training.stages import first_trainee, make_objective, teachers_choice
 from training.starts import Run, base_start, student_start, teacher_grid
 from utils.processes import World
+
+OF_CRITIC = 3  # calls: five passes through half of a network, rounded up
 
 
 def timed_stages(
@@ -43,7 +46,10 @@ def timed_stages(
             if stage.grid == "adaptive":
                 start = replace(start, grid=tuple(teachers_choice(run, stage, teacher).tolist()))
             grid = teacher_grid(teacher, stage.teacher_steps)
-            calls = len(stage.method.paths(grid, start.levels()))  # the student and each leg
+            paths = stage.method.paths(grid, start.levels())
+            calls = len(paths)  # the student and each leg
+            if ADVERSARIAL in stage.losses:
+                calls += len(onward(paths)) - 1 + OF_CRITIC
         timed.append(
             {
                 "num_steps": stage.num_steps,
