@@ -73,7 +73,6 @@ results: $(VENV)/.installed
 	mkdir -p docs/mnist
 	cp output/evaluation/results.* output/evaluation/distances.png output/distilled/mnist_small/comparison.png \
 		docs/mnist/
-	$(BIN)/python -m tools.race --output docs/mnist/race.gif
 
 # 2,000 images of each, as a distance falls with their number; 5,000 of few steps as well. Each call
 # adds its rows to those of the ones before, and draws no image twice.
@@ -108,24 +107,30 @@ evaluate_clean: $(VENV)/.installed
 	mkdir -p docs/clean
 	cp output/clean_ground/results.* output/clean_ground/distances.png docs/clean/
 
-# The students of pretrained/clean, drawn towards the data by an adversarial term as well.
-WITH_TERM = output/distilled/adversarial
-adversarial: $(VENV)/.installed
-	$(RANKS) distill.py --teacher_model_checkpoint pretrained/clean/mnist-teacher.safetensors --output $(WITH_TERM) \
-		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,pretrained/clean/mnist-$(n).safetensors) \
-		--set distillation.ladder=[64,8,4,2,1] "distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" \
-		distillation.batch_size=32 distillation.updates_per_stage=[300,600,1000,1800] \
-		distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] distillation.warmup=100 \
-		distillation.ema_decay=0.998 distillation.checkpoint_every=100 engine.precision=fp32
+# The students of pretrained/clean, drawn towards the data by an adversarial term as well. Where a student stays what it
+# is, and is there only as the next one's teacher, it gets a single update.
+AS_WELL = output/distilled/adversarial
+CLEAN_STUDENT = pretrained/clean/mnist-$(1).safetensors
+ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call CLEAN_STUDENT,teacher) --set \
+	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 distillation.learning_rate=2.0e-4 \
+	distillation.warmup=60 distillation.time_exponent=3.0 distillation.ema_decay=0.998 \
+	distillation.checkpoint_every=50 engine.precision=fp32
+adversarial: $(VENV)/.installed-dev
+	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,400,700] --output $(AS_WELL) \
+		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,$(call CLEAN_STUDENT,$(n)))
+	$(ADVERSARIAL) distillation.ladder=[64,8,4] distillation.updates_per_stage=[1,400] --output $(AS_WELL)_4 \
+		--initialise $(foreach n,8-steps 4-steps,$(call CLEAN_STUDENT,$(n)))
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/adversarial \
-		--checkpoint $(foreach n,8 4 2 1,$(WITH_TERM)/student-$(n).pt)
+		--checkpoint $(AS_WELL)_4/student-4.pt $(AS_WELL)/student-2.pt $(AS_WELL)/student-1.pt
 	$(MAKE) evaluate_adversarial
+	$(BIN)/python -m tools.race --output docs/race.gif
+	$(BIN)/python -m tools.export_demo
 
 evaluate_adversarial: $(VENV)/.installed
-	$(RANKS) evaluate.py --output output/with_term --checkpoint pretrained/clean/mnist-teacher.safetensors \
+	$(RANKS) evaluate.py --output output/adversarial --checkpoint $(call CLEAN_STUDENT,teacher) \
 		pretrained/adversarial/*.safetensors --steps 64 --count 2000
 	mkdir -p docs/adversarial
-	cp output/with_term/results.* output/with_term/distances.png docs/adversarial/
+	cp output/adversarial/results.* output/adversarial/distances.png docs/adversarial/
 
 # A teacher that knows the classes, and its students that take the guidance weight as an input.
 BY_CLASS = output/mnist_conditional/diffusion-4000.pt

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -29,6 +29,9 @@ from diffusion.schedule import alpha_sigma
 
 Features = Callable[..., list[Tensor]]
 """(z, logsnr, **condition) -> feature maps of a frozen network."""
+
+Named = dict[str, Shaped[Tensor, "b *_"]]
+"""Tensors with a row for each image."""
 
 LEAST, MOST = 0.03, 0.63  # of the way to nothing but noise: where the critic looks
 LEAST_NOISE = 20.0  # the logsnr that a network is asked for where its answer is not used
@@ -103,7 +106,7 @@ class Adversary:
     weight: float
 
     @staticmethod
-    def draw(rng: torch.Generator, shape: torch.Size) -> dict[str, Tensor]:
+    def draw(rng: torch.Generator, shape: torch.Size) -> Named:
         """Returns what the loss draws at random, for images of this shape (B, ...)."""
         names = ("further", "of_real", "nudge", "nudge_real")
         drawn = {n: torch.randn(shape, generator=rng, device=rng.device) for n in names}
@@ -114,8 +117,8 @@ class Adversary:
         example: Example,
         student: Denoise,
         levels: Float[Tensor, "n b"],
-        condition: dict[str, Tensor],
-        drawn: dict[str, Tensor],
+        condition: Named,
+        drawn: Named,
     ) -> Float[Tensor, "b"]:
         """Returns the student's term for each example; its gradient trains the critic as well.
 
@@ -139,8 +142,8 @@ class Adversary:
         fake: Tensor,
         real: Tensor,
         level: Float[Tensor, "b"],
-        condition: dict[str, Tensor],
-        drawn: dict[str, Tensor],
+        condition: Named,
+        drawn: Named,
     ) -> Float[Tensor, "b"]:
         """The critic's loss: it should know real from fake, and hardly change with faint noise.
 

@@ -163,7 +163,7 @@ class DistillationConfig(Recipe):
         if self.losses is not None and self.losses.keys() == {ADVERSARIAL}:
             raise ValueError(
                 f"losses: {ADVERSARIAL} alone forgets the teacher; give another term beside it, "
-                f"e.g. {{snr_trunc: 0.3, {ADVERSARIAL}: 0.05}}"
+                f"e.g. {{snr_trunc: 0.3, {ADVERSARIAL}: 0.3}}"
             )
         if self.guidance is not None and self.guidance[0] >= self.guidance[1]:
             raise ValueError(f"guidance: {list(self.guidance)} is no range; give [low, high]")

@@ -16,8 +16,14 @@ its graph is stored once (z, logsnr -> x_hat, eps_hat), and the weights of each 
 precision and gzip. manifest.json lists the files with their sizes, digests and noise levels."""
 FORMAT = "progressive-distillation demo"
 FORMAT_VERSION = 1
-PRETRAINED = ("teacher", "8-steps", "4-steps", "2-steps", "1-step")
-PUBLISHED = [Path("pretrained", f"mnist-{name}.safetensors") for name in PRETRAINED]
+PRETRAINED = (
+    "clean/mnist-teacher",
+    "clean/mnist-8-steps",
+    "adversarial/mnist-4-steps",
+    "adversarial/mnist-2-steps",
+    "adversarial/mnist-1-step",
+)
+PUBLISHED = [Path("pretrained", f"{name}.safetensors") for name in PRETRAINED]
 GUIDED = Path("pretrained", "by_class", "mnist-8-steps.safetensors")
 
 
@@ -46,7 +52,7 @@ def export(arguments: argparse.Namespace) -> None:
     first_path, first = loaded[0]
     for path, checkpoint in loaded:
         _require_drawable(path, checkpoint)
-        same = ("model", "diffusion.prediction", "data.image_size")
+        same = ("model", "diffusion.prediction", "diffusion.clip", "data.image_size")
         for ours, theirs, key in zip(_network(checkpoint), _network(first), same, strict=True):
             if ours != theirs:
                 raise InputError(f"{path}: {key} is not that of {first_path}; one graph is for all")
@@ -122,10 +128,10 @@ def _name(checkpoint: Any) -> str:
     return "teacher" if checkpoint.num_steps is None else f"student-{checkpoint.num_steps}"
 
 
-def _network(checkpoint: Any) -> tuple[Any, Any, int]:
+def _network(checkpoint: Any) -> tuple[Any, ...]:
     """Returns what the graph depends on."""
-    config = checkpoint.config
-    return config.model, config.diffusion.prediction, config.data.image_size
+    config, diffusion = checkpoint.config, checkpoint.config.diffusion
+    return config.model, diffusion.prediction, diffusion.clip, config.data.image_size
 
 
 def _graph(path: Path, checkpoint: Any) -> tuple[bytes, list[str]]:
