@@ -13,6 +13,7 @@ from diffusion.grids import uniform_grid
 from diffusion.losses import SQUARED_ERRORS, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
 from diffusion.paths import neighbours
+from models.critic import Critic
 from pipeline.build import build_denoiser
 from pipeline.codec import encode
 from pipeline.config import make_config
@@ -145,6 +146,25 @@ def test_learning_rates():
     recipe = {"updates_per_stage": 4, "learning_rate": 2.0}
     student, _ = student_stages(make_config(tiny(distillation=recipe), "x"))
     assert [student.rate_at(k) for k in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    student, _ = student_stages(make_config(tiny(distillation=recipe | {"warmup": 4}), "x"))
+    assert [student.rate_at(k) for k in range(4)] == [0.5, 1.0, 1.0, 0.5]
+
+
+def test_a_critic_learns_at_a_rate_of_its_own():
+    network, critic = nn.Linear(2, 2), Critic([2])
+    stage = make_stage(learning_rate=0.0, ema_decay=None)
+    trainee = make_trainee(network, stage, ALONE, critic=critic)
+    before = [[p.clone() for p in group] for group in trainee.parameters]
+    assert [len(group) for group in before] == [2, len(list(critic.parameters()))]
+    for parameter in (p for group in trainee.parameters for p in group):
+        parameter.grad = torch.ones_like(parameter)
+    trainee.step(stage, rate=0.0)
+    moved = [
+        [(now - was).abs().max().item() for now, was in zip(group, old, strict=True)]
+        for group, old in zip(trainee.parameters, before, strict=True)
+    ]
+    assert moved[0] == [0.0, 0.0]
+    assert moved[1] == pytest.approx([1e-3] * len(moved[1]), rel=0.01)
 
 
 # --- what an update draws -------------------------------------------------------------------
