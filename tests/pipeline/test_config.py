@@ -107,7 +107,7 @@ def test_a_config_without_resample_keeps_its_residual_blocks():
         ),
         (
             {"distillation": {"losses": {"adversarail": 1.0}}},
-            "distillation.losses.adversarail",
+            "distillation.losses",
             "energy, adversarial",
         ),
         ({"sampling": {"sampler": "ddpm"}}, "sampling.sampler", "ddim, ancestral"),
