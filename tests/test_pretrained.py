@@ -83,6 +83,20 @@ def test_the_clean_students_draw_digits_on_black(folder, steps):
     assert ground(load_sampler(PATHS[steps])(64, seed=0))[0] > 0.2, "the others' ground is noise"
 
 
+@pytest.mark.parametrize("steps", [4, 2, 1])
+def test_with_the_adversarial_term_students_are_nearer_to_the_data(steps):
+    """By the stored results, from the same noise; and no fewer of the real images are near them."""
+    with_term, without = (
+        row_of(read_results(ROOT / "docs" / docs / "results.json"), PATHS[steps], steps, 2000)
+        for docs in ("adversarial", "clean")
+    )
+    assert with_term.quality.frechet < 0.7 * without.quality.frechet
+    assert with_term.quality.recall > without.quality.recall - 0.03
+    assert with_term.quality.confident > without.quality.confident
+    student = load_checkpoint(ADVERSARIAL / PATHS[steps].name)
+    assert student.config.distillation.losses == {"snr_trunc": 0.3, "adversarial": 0.3}
+
+
 def test_sample_py_draws_digits_of_the_eight_step_student(tmp_path):
     path, out = str(PATHS[8]), tmp_path / "digits.npz"
     assert sample.main(["--checkpoint", path, "--count", "100", "--output", str(out)]) == 0
@@ -99,10 +113,17 @@ def test_readme_and_the_page_show_the_stored_results(results):
     assert table in (ROOT / "docs" / "mnist" / "results.md").read_text()
 
 
-@pytest.mark.parametrize(("docs", "weights"), [("mnist", PRETRAINED), ("clean", CLEAN)])
+@pytest.mark.parametrize(
+    ("docs", "weights"),
+    [
+        ("mnist", PRETRAINED.glob("*.safetensors")),
+        ("clean", CLEAN.glob("*.safetensors")),
+        ("adversarial", [*ADVERSARIAL.glob("*"), CLEAN / "mnist-teacher.safetensors"]),
+    ],
+)
 def test_the_stored_results_are_of_the_published_weights(docs, weights):
     results = read_results(ROOT / "docs" / docs / "results.json")
-    published = {path.stem: load_checkpoint(path) for path in weights.glob("*.safetensors")}
+    published = {path.stem: load_checkpoint(path) for path in weights}
     gallery = Gallery(Path(), World(torch.device("cpu")), seed=0, batch_size=1)
     ours = [row for row in results.rows if row.kind in ("base", "student")]
     assert {row.name for row in ours} == set(published)
