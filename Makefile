@@ -116,7 +116,8 @@ ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call CLEAN_STUDEN
 	distillation.warmup=60 distillation.time_exponent=3.0 distillation.ema_decay=0.998 \
 	distillation.checkpoint_every=50 engine.precision=fp32
 adversarial: $(VENV)/.installed-dev
-	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,400,700] --output $(AS_WELL) \
+	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,400,700] \
+		distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] --output $(AS_WELL) \
 		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,$(call CLEAN_STUDENT,$(n)))
 	$(ADVERSARIAL) distillation.ladder=[64,8,4] distillation.updates_per_stage=[1,400] --output $(AS_WELL)_4 \
 		--initialise $(foreach n,8-steps 4-steps,$(call CLEAN_STUDENT,$(n)))

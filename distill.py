@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Distils the ladder stage by stage, or goes on where an earlier run was stopped."""
-    from diffusion.losses import ADVERSARIAL
-    from pipeline.build import build_dataset, frozen_features
+    from pipeline.build import build_dataset
     from pipeline.checkpoint import load_checkpoint
     from pipeline.checkpoint_checks import require_name
     from pipeline.latents import with_codec
@@ -46,7 +45,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from training.ladder import distillation_config
     from training.loop import rows_of_process
     from training.stage import student_stages
-    from training.starts import Run, initial_of
+    from training.starts import Run, features_of, initial_of
     from training.tracking import open_tracker
     from utils.processes import join_world
     from utils.strict_yaml import write_yaml
@@ -78,9 +77,7 @@ def distill(arguments: argparse.Namespace) -> None:
         rows_of_process(recipe.batch_size, recipe.accumulate, world)  # raises InputError
         tracker = open_tracker(arguments.track, output, name, config.model_dump(mode="json"))
         dataset = build_dataset(config, world.device, recipe.data)
-        features = None
-        if ADVERSARIAL in recipe.loss_weights():
-            features = frozen_features(base, base_path, world.device, config.engine)
+        features = features_of(config, (base_path, base), world.device)
         run = Run(config, name, output, world, dataset, tracker, features)
         with open_folder(output, world, "student-", arguments.restart):
             if world.leads:

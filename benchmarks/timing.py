@@ -10,13 +10,13 @@ import torch
 
 from diffusion.adversarial import onward
 from diffusion.losses import ADVERSARIAL
-from pipeline.build import build_dataset, frozen_features
+from pipeline.build import build_dataset
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
 from training.loop import train_updates
 from training.stage import Stage, base_stage, student_stages
 from training.stages import first_trainee, make_objective, teachers_choice
-from training.starts import Run, base_start, student_start, teacher_grid
+from training.starts import Run, base_start, features_of, student_start, teacher_grid
 from utils.processes import World
 
 OF_CRITIC = 3  # calls: five passes through half of a network, rounded up
@@ -31,10 +31,9 @@ def timed_stages(
     """
     world = World(torch.device("cpu"))
     dataset = build_dataset(config, world.device, config.distillation.data if teacher else None)
-    features = None
-    if teacher is not None and ADVERSARIAL in config.distillation.loss_weights():
-        features = frozen_features(teacher, Path("timed"), world.device, config.engine)
-    run = Run(config, "timed", Path("timed"), world, dataset, features=features)
+    run = Run(config, "timed", Path("timed"), world, dataset)
+    if teacher is not None:
+        run = replace(run, features=features_of(config, (run.output, teacher), world.device))
     stages = [base_stage(config)] if teacher is None else student_stages(config, teacher.stage + 1)
     timed = []
     for stage in stages:

@@ -132,17 +132,21 @@ class Adversary:
         sample = walk_on(student, ddim_step(example.prediction, levels[0]), levels)
         fake = noise_further(sample, drawn["further"], end, level)
         real = diffuse(example.x, drawn["of_real"], level)
+
+        def seen(*images: Tensor) -> list[Tensor]:
+            many = {name: value.repeat(len(images)) for name, value in condition.items()}
+            return self.features(torch.cat(images), level.repeat(len(images)), **many)
+
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        judged = functional_call(self.critic, frozen, (self.features(fake, level, **condition),))
-        critics = self._critics_loss(fake.detach(), real, level, condition, drawn)
+        judged = functional_call(self.critic, frozen, (seen(fake),))
+        critics = self._critics_loss(fake.detach(), real, seen, drawn)
         return self.weight * F.softplus(-judged).mean(1) + (critics - critics.detach())
 
     def _critics_loss(
         self,
         fake: Tensor,
         real: Tensor,
-        level: Float[Tensor, "b"],
-        condition: Named,
+        seen: Callable[..., list[Tensor]],
         drawn: Named,
     ) -> Float[Tensor, "b"]:
         """The critic's loss: it should know real from fake, and hardly change with faint noise.
@@ -151,9 +155,8 @@ class Adversary:
         a difference, which needs no second derivative (Lin et al. 2025, APT).
         """
         noisy = (fake + NUDGE * drawn["nudge"], real + NUDGE * drawn["nudge_real"])
-        repeated = {name: value.repeat(4) for name, value in condition.items()}
         with torch.no_grad():
-            features = self.features(torch.cat([fake, real, *noisy]), level.repeat(4), **repeated)
+            features = seen(fake, real, *noisy)
         of_fake, of_real, *of_noisy = self.called(features).chunk(4)
         changes = [(a - b).square() for a, b in zip((of_fake, of_real), of_noisy, strict=True)]
         penalty = PENALTY * torch.stack(changes).sum(0) / NUDGE**2

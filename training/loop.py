@@ -164,6 +164,30 @@ def rows_of_process(batch_size: int, accumulate: int, world: World) -> list[slic
     return [slice(edges[n], edges[n + 1]) for n in range(first, first + accumulate)]
 
 
+class Written(NamedTuple):
+    """What a stage leaves behind. monitor: None in processes that do not write."""
+
+    callbacks: Callbacks
+    stop: StopRequest
+    monitor: Monitor | None
+
+    def save(self) -> None:
+        """Writes a checkpoint, and the metrics up to it."""
+        if self.monitor is not None:
+            self.monitor.log.flush()
+            self.callbacks.save()
+
+    def show(self, update: int) -> None:
+        """Draws the picture that belongs to the checkpoint, in all processes."""
+        if self.callbacks.draw is None:
+            return
+        self.stop.urgent = True  # all is saved, and a picture takes its time
+        images = self.callbacks.draw()
+        if self.monitor is not None:
+            self.monitor.show(images, update)
+        self.stop.urgent = False
+
+
 def run_stage(
     trainee: Trainee,
     stage: Stage,
@@ -190,20 +214,12 @@ def run_stage(
             bar = stack.enter_context(progress_bar(stage.updates, title, "update", trainee.update))
             monitor = Monitor(log, bar, stage, world.device)
 
-        def show() -> None:
-            if callbacks.draw is None:
-                return
-            stop.urgent = True  # all is saved, and a picture takes its time
-            images = callbacks.draw()
-            if monitor is not None:
-                monitor.show(images, trainee.update)
-            stop.urgent = False
-
+        written = Written(callbacks, stop, monitor)
         # A kill may have come between a checkpoint and its picture.
         if stage.saves_at(trainee.update) and world.any(
             monitor is not None and not monitor.shown(trainee.update)
         ):
-            show()
+            written.show(trainee.update)
         first, finite = trainee.update, True
         updates = train_updates(trainee, stage, dataset, objective, world, stop, codec)
         try:
@@ -215,19 +231,16 @@ def run_stage(
                 if monitor is not None:
                     monitor.after(metrics)
                 if due or stopping:
-                    if monitor is not None:
-                        monitor.log.flush()
-                        callbacks.save()
+                    written.save()
                     stopping = world.any(stop.requested)
                 if due and not stopping:
-                    show()
+                    written.show(trainee.update)
                 if stopping:
                     break
         except DataError as error:
             saved = trainee.update > first and finite
-            if monitor is not None and saved:
-                monitor.log.flush()
-                callbacks.save()
+            if saved:
+                written.save()
             done = f"{'saved' if saved else 'ended'} at update {trainee.update} of {stage.updates}"
             if stop.requested:
                 raise Stopped(f"stopped and {done} ({title}); {error}") from None

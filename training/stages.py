@@ -63,10 +63,7 @@ def train_stage(
     grid of samples beside each, or student-<steps>.pt of a student.
     """
     task = task or Task(make_objective, draw_samples if teacher is None else None)
-    training = run.config.training
-    keep, milestones = training.keep_checkpoints, training.milestone_every
-    policy = (keep, milestones, stage.of_autoencoder) if teacher is None else ()
-    files = StageFiles(run.output, stage.num_steps, *policy)
+    files = files_of(run, stage)
     newest = files.newest(run.world)
     if newest is not None:
         require_same_stage(*newest, start, stage)
@@ -102,20 +99,19 @@ def train_stage(
 
     objective = task.objective(run, stage, trainee, start, teacher)
     title = run.name if stage.num_steps is None else f"student {stage.num_steps}"
-    callbacks, codec = Callbacks(save, task.draw and partial(draw, task.draw)), run.codec
-    run_stage(
-        trainee,
-        stage,
-        run.dataset,
-        objective,
-        run.world,
-        run.output,
-        callbacks,
-        title,
-        codec,
-        run.tracker,
-    )
+    callbacks = Callbacks(save, task.draw and partial(draw, task.draw))
+    shared = (run.world, run.output, callbacks, title, run.codec, run.tracker)
+    run_stage(trainee, stage, run.dataset, objective, *shared)
     return snapshot()
+
+
+def files_of(run: Run, stage: Stage) -> StageFiles:
+    """The checkpoints of a stage; which ones are kept may be chosen for all but students."""
+    if stage.num_steps is not None:
+        return StageFiles(run.output, stage.num_steps)
+    training = run.config.training
+    policy = (training.keep_checkpoints, training.milestone_every, stage.of_autoencoder)
+    return StageFiles(run.output, None, *policy)
 
 
 def first_trainee(run: Run, stage: Stage, start: Checkpoint) -> Trainee:

@@ -13,7 +13,9 @@ from diffusion.grids import (
     grid_at,
     uniform_times,
 )
+from diffusion.losses import ADVERSARIAL
 from models.networks import NetworkSection
+from pipeline.build import frozen_features
 from pipeline.checkpoint import Checkpoint, digest
 from pipeline.checkpoint_checks import State
 from pipeline.codec import Codec, open_codec
@@ -93,6 +95,17 @@ def _initial_weights(initial: Initial, config: Config, world: World) -> State:
                 "its weights do not fit; take the same value, or leave --initialise out"
             )
     return checkpoint.weights
+
+
+def features_of(config: Config, base: Initial, device: torch.device) -> Features | None:
+    """Returns what the critic of a ladder sees, if its loss is adversarial: features of its base.
+
+    base: the first teacher's file, and its checkpoint.
+    """
+    if ADVERSARIAL not in config.distillation.loss_weights():
+        return None
+    path, checkpoint = base
+    return frozen_features(checkpoint, path, device, config.engine)
 
 
 def initial_of(files: Sequence[Initial], stages: Sequence[Stage]) -> dict[int, Initial]:
