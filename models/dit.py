@@ -1,8 +1,6 @@
 """The Diffusion Transformer (Peebles & Xie 2023) with adaLN-Zero blocks, and its config section."""
 
 import math
-from collections.abc import Iterator
-from itertools import islice
 from typing import Annotated, Literal
 
 import torch
@@ -169,7 +167,9 @@ class DiT(Conditioned):
         """
         p = self.patch_size
         embedding = self.embed(logsnr, label, guidance)
-        *_, h = self._tokens(z, embedding)
+        h = self._tokens(z)
+        for block in self.blocks:
+            h = block(h, embedding)
         shift, scale = self.modulation_out(F.silu(embedding)).chunk(2, dim=1)
         output = self.patch_out(modulate(self.norm_out(h), shift, scale))
         rows = z.shape[2] // p
@@ -182,18 +182,15 @@ class DiT(Conditioned):
         label: Int[Tensor, "b"] | None = None,
     ) -> list[Float[Tensor, "b _ _ _"]]:
         """Returns the tokens after each block of the first half, as maps of z."""
-        half, rows = (len(self.blocks) + 1) // 2, z.shape[2] // self.patch_size
-        tokens = islice(self._tokens(z, self.embed(logsnr, label, None)), 1, 1 + half)
-        return [rearrange(h, "b (h w) c -> b c h w", h=rows) for h in tokens]
-
-    def _tokens(
-        self, z: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Iterator[Float[Tensor, "b n c"]]:
-        """Yields the tokens before the first block and after each."""
-        p = self.patch_size
-        h = self.patch_in(rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
-        h = h + self.positions
-        yield h
-        for block in self.blocks:
+        embedding, rows = self.embed(logsnr, label, None), z.shape[2] // self.patch_size
+        h, maps = self._tokens(z), []
+        for block in self.blocks[: (len(self.blocks) + 1) // 2]:
             h = block(h, embedding)
-            yield h
+            maps.append(rearrange(h, "b (h w) c -> b c h w", h=rows))
+        return maps
+
+    def _tokens(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+        """Returns the tokens before the first block."""
+        p = self.patch_size
+        tokens = rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return self.patch_in(tokens) + self.positions  # type: ignore[no-any-return]
