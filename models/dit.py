@@ -189,7 +189,7 @@ class DiT(Conditioned):
             maps.append(rearrange(h, "b (h w) c -> b c h w", h=rows))
         return maps
 
-    def _tokens(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    def _tokens(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Returns the tokens before the first block."""
         p = self.patch_size
         tokens = rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
