@@ -296,7 +296,7 @@ class Bench:
         network, world = self.network(), World(self.device)
         labels = torch.zeros(len(self.pixels), device=self.device)
         return train_updates(
-            make_trainee(network, stage, world, self.config.engine.precision == "fp16"),
+            make_trainee(network, stage, world, self.config.engine),
             stage,
             MemoryDataset(self.pixels, labels, None),
             objective_of(self.denoiser(network)),

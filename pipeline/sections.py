@@ -240,11 +240,14 @@ class SamplingConfig(Section):
 class EngineConfig(Section):
     """How networks are run. precision: under autocast; tf32: for float32 on GPUs.
 
-    compile: torch.compile, which takes a minute at first. cpu_sampling: whether these are meant for
-    sampling too: otherwise it is not compiled, and on a CPU runs in float32.
+    compile: torch.compile, which takes a minute at first. cuda_graphs: records the kernels of an
+    update once and repeats them, for small networks on one GPU; elsewhere it has no effect.
+    cpu_sampling: whether these are meant for sampling too: otherwise it is not compiled, and on a
+    CPU runs in float32.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     tf32: bool = True
+    cuda_graphs: bool = False
     cpu_sampling: bool = False

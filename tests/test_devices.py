@@ -22,6 +22,7 @@ from pipeline.engine import allow_tf32
 from pipeline.network import build_network
 from pipeline.sections import EngineConfig
 from tests.toys import COSINE, tiny
+from training.metrics import read_metrics
 from utils.processes import choose_device
 from utils.randomness import ImageNoise
 
@@ -153,3 +154,26 @@ def test_a_device_without_float64_trains_and_samples_alike(tmp_path, monkeypatch
     for key, value in weights[0].items():
         assert value.shape == weights[1][key].shape
         assert weights[1][key].isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs are of NVIDIA's GPUs")
+def test_recorded_updates_learn_what_others_do(tmp_path):
+    """Graphs of updates in several parts, of a critic's too; the last part is the smallest."""
+    config = tmp_path / "tiny.yaml"
+    training = {"batch_size": 5, "accumulate": 2, "warmup": 1}
+    config.write_text(yaml.safe_dump(short(model={"dropout": 0.0}, training=training)))
+    curves = []
+    for name in ("false", "true"):
+        base, ladder = tmp_path / name, tmp_path / f"{name}-ladder"
+        recorded = f"engine.cuda_graphs={name}"
+        given = ("--config_path", config, "--output", base)
+        assert run(train, *given, "--set", recorded) == 0
+        given = ("--teacher_model_checkpoint", tmp_path / "false" / "diffusion-4.pt")
+        loss = "distillation.losses={snr_trunc: 0.3, adversarial: 0.3}"
+        assert run(distill, *given, "--output", ladder, "--set", recorded, loss) == 0
+        lines = [
+            line for folder in (base, ladder) for line in read_metrics(folder / "metrics.jsonl")
+        ]
+        curves.append([(line["loss"], line["gradient_norm"]) for line in lines])
+    assert len(curves[0]) == 6
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-3, atol=1e-5)

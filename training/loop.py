@@ -13,6 +13,7 @@ from diffusion.objectives import Objective, Tensors
 from pipeline.codec import PIXELS, Codec
 from pipeline.data import Dataset
 from training.metrics import Metrics, MetricsLog, Monitor
+from training.recording import Recording, Work
 from training.stage import Stage
 from training.tracking import Tracker
 from training.trainee import Trainee
@@ -58,13 +59,15 @@ def train_updates(
         batch_indices(dataset.num_images, stage.batch_size, stage.seed, stage.number, update)[own]
         for update in range(trainee.update, stage.updates)
     )
-    skips = 0
+    skips, step = 0, step_of(trainee, stage, objective, world)
     trainee.network.train()
     stop = stop or StopRequest()
     for images, labels in stop.between(dataset.batches(index_batches)):
         rate = stage.rate_at(trainee.update)
         condition = {"label": labels} if stage.conditional and labels is not None else {}
-        losses, logsnr = backward(trainee, stage, objective, world, images, condition, codec)
+        losses, logsnr = backward(
+            trainee, stage, objective.draw, step, world, images, condition, codec
+        )
         trainee.scaler.unscale_(trainee.optimizer)
         norms = [nn.utils.clip_grad_norm_(group, limit) for group in trainee.parameters]
         stops = torch.tensor(float(stop.requested), device=world.device)
@@ -93,10 +96,29 @@ def train_updates(
         )
 
 
+def step_of(trainee: Trainee, stage: Stage, objective: Objective, world: World) -> Work:
+    """Returns (images, condition, what is drawn) -> losses and noise levels, (B,) each.
+
+    It adds the gradient of their share in the global batch's mean loss to that of the parameters.
+    """
+
+    def step(images: Tensors, condition: Tensors, drawn: Tensors) -> tuple[Tensor, ...]:
+        loss, logsnr = objective.loss(images["x"], condition, drawn)
+        # Times the number of processes, over which DistributedDataParallel averages.
+        share = loss.sum() / stage.batch_size * world.size
+        trainee.scaler.scale(share).backward()
+        return loss.detach(), logsnr
+
+    if not trainee.recorded:
+        return step
+    return Recording(step, [p for group in trainee.parameters for p in group])
+
+
 def backward(
     trainee: Trainee,
     stage: Stage,
-    objective: Objective,
+    draw: Callable[[torch.Generator, torch.Size], Tensors],
+    step: Work,
     world: World,
     images: Tensor,
     condition: Tensors,
@@ -110,12 +132,12 @@ def backward(
     first = rows[0].start
     rng = generator(world.device, stage.seed, stage.number, trainee.update)
     shape = codec.shape(images.shape[-1], images.shape[1])
-    drawn = objective.draw(rng, torch.Size([stage.batch_size, *shape]))
+    drawn = draw(rng, torch.Size([stage.batch_size, *shape]))
     flip = torch.rand(stage.batch_size, 1, 1, 1, generator=rng, device=world.device) < 0.5
     # Dropout takes no generator: the default one is seeded for each process.
     torch.manual_seed(generator("cpu", rng.initial_seed(), world.rank).initial_seed())
 
-    trainee.optimizer.zero_grad()
+    trainee.optimizer.zero_grad(set_to_none=not trainee.recorded)
     results = []
     for row in rows:
         local = slice(row.start - first, row.stop - first)
@@ -126,11 +148,7 @@ def backward(
         own_condition = {name: value[local] for name, value in condition.items()}
         own_drawn = {name: value[row] for name, value in drawn.items()}
         with trainee.synchronised(row is rows[-1]):
-            loss, logsnr = objective.loss(x, own_condition, own_drawn)
-            # Times the number of processes, over which DistributedDataParallel averages.
-            share = loss.sum() / stage.batch_size * world.size
-            trainee.scaler.scale(share).backward()
-        results.append((loss.detach(), logsnr))
+            results.append(step({"x": x}, own_condition, own_drawn))
     losses, levels = zip(*results, strict=True)
     return torch.cat(losses), torch.cat(levels)
 

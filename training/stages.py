@@ -119,8 +119,7 @@ def first_trainee(run: Run, stage: Stage, start: Checkpoint) -> Trainee:
     dropout = 0.0 if start.kind == "student" else None  # None: the config's
     network = BUILDERS[start.kind](start.config, run.world.device, dropout)
     load_weights(network, start.model, run.output)
-    fp16 = run.config.engine.precision == "fp16"
-    return make_trainee(network, stage, run.world, fp16, make_critic(run, stage))
+    return make_trainee(network, stage, run.world, run.config.engine, make_critic(run, stage))
 
 
 def draw_samples(run: Run, trainee: Trainee, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.critic import Critic
 from pipeline.checkpoint import Checkpoint
 from pipeline.network import load_weights
+from pipeline.sections import EngineConfig
 from training.stage import Stage
 from utils.command import InputError
 from utils.processes import World
@@ -27,7 +28,8 @@ class Trainee:
     called: the network as the loss calls it, wrapped for several processes. ema: the average that
     is evaluated, or None. walker: the average that walks a student's paths, or None. initial: the
     weights that training pulls back to (Stage.pull), or None. critic: of an adversarial loss, or
-    None; called_critic: as its own loss calls it. scaler: of the loss, for fp16.
+    None; called_critic: as its own loss calls it. scaler: of the loss, for fp16. recorded: whether
+    its updates are CUDA graphs (training/recording.py).
     """
 
     network: nn.Module
@@ -39,6 +41,7 @@ class Trainee:
     initial: list[Tensor] | None = None
     critic: Critic | None = None
     called_critic: nn.Module | None = None
+    recorded: bool = False
     update: int = 0
 
     def state(self, resumable: bool = True) -> dict[str, Any]:
@@ -111,13 +114,21 @@ def make_trainee(
     network: nn.Module,
     stage: Stage,
     world: World,
-    fp16: bool = False,
+    engine: EngineConfig | None = None,
     critic: Critic | None = None,
 ) -> Trainee:
     """The network at the beginning of a stage; its averages begin as its weights.
 
-    critic: of an adversarial loss, trained beside it.
+    critic: of an adversarial loss, trained beside it. Raises InputError for engine.cuda_graphs with
+    several processes.
     """
+    engine = engine or EngineConfig()
+    recorded = engine.cuda_graphs and world.device.type == "cuda"
+    if recorded and world.size > 1:
+        raise InputError(
+            f"engine.cuda_graphs: true, but with {world.size} processes; an update of several "
+            "cannot be recorded: take one process, or false"
+        )
 
     def average() -> nn.Module:
         return copy.deepcopy(network).requires_grad_(False).eval()
@@ -127,12 +138,13 @@ def make_trainee(
         network=network,
         called=world.wrap(network),
         optimizer=make_optimizer(network, stage.weight_decay, critic),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=fp16),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=engine.precision == "fp16"),
         ema=None if stage.ema_decay is None else average(),
         walker=None if stage.walker_decay is None else average(),
         initial=initial,
         critic=critic,
         called_critic=None if critic is None else world.wrap(critic),
+        recorded=recorded,
     )
 
 

@@ -60,7 +60,7 @@ def begin(config, seed=0):
     """A trainee with fresh weights."""
     torch.manual_seed(seed)
     network = build_network(config, CPU)
-    return make_trainee(network, make_stage(), ALONE, config.engine.precision == "fp16")
+    return make_trainee(network, make_stage(), ALONE, config.engine)
 
 
 def base_objective(denoiser, weight="snr_plus_one", **options):
