@@ -66,17 +66,22 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a network. channels_last: the order of its weights in memory."""
+    """A way to run a network. channels_last: the order of its weights in memory.
+
+    recorded: updates as CUDA graphs, on devices that have them.
+    """
 
     precision: str
     compiled: bool = False
     channels_last: bool = True
+    recorded: bool = False
 
     @property
     def name(self) -> str:
         """In words, for the table."""
         order = "" if self.channels_last else ", channels first"
-        return self.precision + (", compiled" if self.compiled else "") + order
+        how = (", compiled" if self.compiled else "") + (", recorded" if self.recorded else "")
+        return self.precision + how + order
 
     def config(self, config: Config) -> Config:
         """Returns the config with its engine set to this."""
@@ -84,12 +89,20 @@ class Way:
             "precision": "fp32" if self.precision == "tf32" else self.precision,
             "tf32": self.precision == "tf32",
             "compile": self.compiled,
+            "cuda_graphs": self.recorded,
         }
         return config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
 
 
-# The most telling first, the first of COMPILED third: the last ones may find no time left.
-EAGER = (Way("tf32"), Way("bf16"), Way("fp32"), Way("fp16"), Way("bf16", channels_last=False))
+# The most telling first, the first of COMPILED fourth: the last ones may find no time left.
+EAGER = (
+    Way("tf32"),
+    Way("tf32", recorded=True),
+    Way("bf16"),
+    Way("fp32"),
+    Way("fp16"),
+    Way("bf16", channels_last=False),
+)
 COMPILED = (Way("bf16", compiled=True), Way("tf32", compiled=True))
 
 
@@ -122,7 +135,7 @@ def measure(arguments: argparse.Namespace) -> None:
     }
     configs = {name: load_config(*config_of(name, small)) for name in CONFIGS}
     counted = {name: arithmetic(config, device) for name, config in configs.items()}
-    ways = (*EAGER[:2], *COMPILED[:1], *EAGER[2:], *COMPILED[1:])
+    ways = (*EAGER[:3], *COMPILED[:1], *EAGER[3:], *COMPILED[1:])
     work = [(name, way) for way in ways for name in CONFIGS]
     if small:  # each network once, and each way once, but for compilation, which takes long
         work = [(name, EAGER[0]) for name in CONFIGS]

@@ -241,7 +241,8 @@ class EngineConfig(Section):
     """How networks are run. precision: under autocast; tf32: for float32 on GPUs.
 
     compile: torch.compile, which takes a minute at first. cuda_graphs: records the kernels of an
-    update once and repeats them, for small networks on one GPU; elsewhere it has no effect.
+    update once and repeats them, for small networks on one GPU of NVIDIA's; it has no effect
+    elsewhere, nor with several processes.
     cpu_sampling: whether these are meant for sampling too: otherwise it is not compiled, and on a
     CPU runs in float32.
     """

@@ -344,7 +344,7 @@ def test_all_that_a_gpu_is_asked_for_runs_on_a_cpu(tmp_path, capsys, monkeypatch
     assert not result["left_out"]
     assert {row["config"] for row in result["speed"]} == set(gpu.CONFIGS)
     ways = {row["way"] for row in result["speed"]}
-    eager = {"tf32", "bf16", "fp32", "fp16", "bf16, channels first"}
+    eager = {"tf32", "tf32, recorded", "bf16", "fp32", "fp16", "bf16, channels first"}
     assert ways == (eager | {"bf16, compiled"} if compiled else eager)
     for row in result["speed"]:
         assert min(row[kind] for kind in ("training", "distillation", "sampling")) > 0, row

@@ -76,6 +76,7 @@ KEYS = {
     "engine.precision": mostly("fp32", "bf16", "fp16", "fp8"),
     "engine.tf32": mostly(True, False),
     "engine.cpu_sampling": mostly(True, False),
+    "engine.cuda_graphs": mostly(True, False),
     "engine.fast": st.sampled_from(WRONG),
     "traning.updates": st.sampled_from(WRONG),
 }

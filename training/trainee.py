@@ -119,16 +119,9 @@ def make_trainee(
 ) -> Trainee:
     """The network at the beginning of a stage; its averages begin as its weights.
 
-    critic: of an adversarial loss, trained beside it. Raises InputError for engine.cuda_graphs with
-    several processes.
+    critic: of an adversarial loss, trained beside it.
     """
     engine = engine or EngineConfig()
-    recorded = engine.cuda_graphs and world.device.type == "cuda"
-    if recorded and world.size > 1:
-        raise InputError(
-            f"engine.cuda_graphs: true, but with {world.size} processes; an update of several "
-            "cannot be recorded: take one process, or false"
-        )
 
     def average() -> nn.Module:
         return copy.deepcopy(network).requires_grad_(False).eval()
@@ -144,7 +137,7 @@ def make_trainee(
         initial=initial,
         critic=critic,
         called_critic=None if critic is None else world.wrap(critic),
-        recorded=recorded,
+        recorded=engine.cuda_graphs and world.device.type == "cuda" and world.size == 1,
     )
 
 
