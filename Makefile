@@ -20,8 +20,8 @@ help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
 	@echo 'make evaluate     measure the published weights (hours)'
-	@echo 'make clean_ground the published weights, trained on until their ground is black (two hours)'
-	@echo 'make adversarial  their students, drawn towards the data as well (an hour)'
+	@echo 'make clean_ground the published weights, trained on until their ground is black (hours; minutes on a GPU)'
+	@echo 'make adversarial  their students, drawn towards the data as well (an hour or two)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
@@ -89,21 +89,25 @@ evaluate: $(VENV)/.installed
 
 # The published weights trained on with x_hat in [-1, 1]: their samples have a black ground. Of the second ladder the
 # students of 16 and 8 steps begin as their teacher, the others as the first one's.
-CLEAN = output/mnist_clean/diffusion-6000.pt
+# On one GPU: make clean_ground PROCESSES=1 ENGINE=engine.cuda_graphs=true; ENGINE=engine.precision=bf16 on
+# processors that have it.
+ENGINE ?= engine.precision=fp32
+CLEAN = output/mnist_clean/diffusion-8000.pt
 FIRST = output/distilled/mnist_clean
 SECOND = output/distilled/mnist_clean_again
 CLEAN_LADDER = $(RANKS) distill.py --config_path configs/mnist_clean.yaml --teacher_model_checkpoint $(CLEAN)
 clean_ground: $(VENV)/.installed
-	$(RANKS) train.py --config_path configs/mnist_clean.yaml --initialise pretrained/mnist-teacher.safetensors
-	$(CLEAN_LADDER) --initialise $(foreach n,8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
-	$(CLEAN_LADDER) --output $(SECOND) --set distillation.updates_per_stage=[300,600,500,450,450] \
+	$(RANKS) train.py --config_path configs/mnist_clean.yaml --initialise pretrained/mnist-teacher.safetensors \
+		--set $(ENGINE)
+	$(CLEAN_LADDER) --set $(ENGINE) --initialise $(foreach n,8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
+	$(CLEAN_LADDER) --output $(SECOND) --set distillation.updates_per_stage=[300,700,450,450,450] $(ENGINE) \
 		--initialise $(foreach n,4 2 1,$(FIRST)/student-$(n).pt)
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/clean --checkpoint $(CLEAN) \
 		$(foreach n,8 4 2 1,$(SECOND)/student-$(n).pt)
 	$(MAKE) evaluate_clean
 
 evaluate_clean: $(VENV)/.installed
-	$(RANKS) evaluate.py --output output/clean_ground --checkpoint pretrained/clean/*.safetensors --steps 64 --count 2000
+	$(RANKS) evaluate.py --output output/clean_ground --checkpoint pretrained/clean/*.safetensors --steps 64 --count 5000
 	mkdir -p docs/clean
 	cp output/clean_ground/results.* output/clean_ground/distances.png docs/clean/
 
@@ -113,13 +117,13 @@ AS_WELL = output/distilled/adversarial
 CLEAN_STUDENT = pretrained/clean/mnist-$(1).safetensors
 ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call CLEAN_STUDENT,teacher) --set \
 	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 distillation.learning_rate=2.0e-4 \
-	distillation.warmup=60 distillation.time_exponent=3.0 distillation.ema_decay=0.998 \
-	distillation.checkpoint_every=50 engine.precision=fp32
+	distillation.time_exponent=3.0 distillation.ema_decay=0.998 distillation.checkpoint_every=50 $(ENGINE)
 adversarial: $(VENV)/.installed-dev
-	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,400,700] \
-		distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] --output $(AS_WELL) \
+	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,500,800] \
+		distillation.warmup=60 distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] --output $(AS_WELL) \
 		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,$(call CLEAN_STUDENT,$(n)))
-	$(ADVERSARIAL) distillation.ladder=[64,8,4] distillation.updates_per_stage=[1,400] --output $(AS_WELL)_4 \
+	$(ADVERSARIAL) distillation.ladder=[64,8,4] distillation.updates_per_stage=[1,800] \
+		distillation.warmup=200 distillation.learning_rate=[1.0e-4,2.0e-4] --output $(AS_WELL)_4 \
 		--initialise $(foreach n,8-steps 4-steps,$(call CLEAN_STUDENT,$(n)))
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/adversarial \
 		--checkpoint $(AS_WELL)_4/student-4.pt $(AS_WELL)/student-2.pt $(AS_WELL)/student-1.pt
@@ -129,7 +133,7 @@ adversarial: $(VENV)/.installed-dev
 
 evaluate_adversarial: $(VENV)/.installed
 	$(RANKS) evaluate.py --output output/adversarial --checkpoint $(call CLEAN_STUDENT,teacher) \
-		pretrained/adversarial/*.safetensors --steps 64 --count 2000
+		pretrained/adversarial/*.safetensors --steps 64 --count 5000
 	mkdir -p docs/adversarial
 	cp output/adversarial/results.* output/adversarial/distances.png docs/adversarial/
 
