@@ -87,8 +87,8 @@ evaluate: $(VENV)/.installed
 	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler ancestral \
 		--steps 1 2 4 8 16 32 64 128 1024 --count 2000 --max_calls 1024000
 
-# The published weights trained on with x_hat in [-1, 1]: their samples have a black ground. Of the second ladder the
-# students of 16 and 8 steps begin as their teacher, the others as the first one's.
+# The published weights trained on with x_hat in [-1, 1]: their samples have a black ground. The students of 16 and 8
+# steps begin anew, as their teacher, in a second ladder: those that began as the first weights' went on drawing like them.
 # On one GPU: make clean_ground PROCESSES=1 ENGINE=engine.cuda_graphs=true; ENGINE=engine.precision=bf16 on
 # processors that have it.
 ENGINE ?= engine.precision=fp32
@@ -100,10 +100,10 @@ clean_ground: $(VENV)/.installed
 	$(RANKS) train.py --config_path configs/mnist_clean.yaml --initialise pretrained/mnist-teacher.safetensors \
 		--set $(ENGINE)
 	$(CLEAN_LADDER) --set $(ENGINE) --initialise $(foreach n,8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
-	$(CLEAN_LADDER) --output $(SECOND) --set distillation.updates_per_stage=[300,700,450,450,450] $(ENGINE) \
-		--initialise $(foreach n,4 2 1,$(FIRST)/student-$(n).pt)
+	$(CLEAN_LADDER) --output $(SECOND) --set distillation.ladder=[64,16,8] distillation.updates_per_stage=[300,700] \
+		$(ENGINE)
 	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/clean --checkpoint $(CLEAN) \
-		$(foreach n,8 4 2 1,$(SECOND)/student-$(n).pt)
+		$(SECOND)/student-8.pt $(foreach n,4 2 1,$(FIRST)/student-$(n).pt)
 	$(MAKE) evaluate_clean
 
 evaluate_clean: $(VENV)/.installed

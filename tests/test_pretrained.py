@@ -87,7 +87,7 @@ def test_the_clean_students_draw_digits_on_black(folder, steps):
 def test_with_the_adversarial_term_students_are_nearer_to_the_data(steps):
     """By the stored results, from the same noise; and no fewer of the real images are near them."""
     with_term, without = (
-        row_of(read_results(ROOT / "docs" / docs / "results.json"), PATHS[steps], steps, 2000)
+        row_of(read_results(ROOT / "docs" / docs / "results.json"), PATHS[steps], steps, 5000)
         for docs in ("adversarial", "clean")
     )
     assert with_term.quality.frechet < 0.7 * without.quality.frechet
