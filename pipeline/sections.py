@@ -242,9 +242,8 @@ class EngineConfig(Section):
 
     compile: torch.compile, which takes a minute at first. cuda_graphs: records the kernels of an
     update once and repeats them, for small networks on one GPU of NVIDIA's; it has no effect
-    elsewhere, nor with several processes.
-    cpu_sampling: whether these are meant for sampling too: otherwise it is not compiled, and on a
-    CPU runs in float32.
+    elsewhere, nor with several processes. cpu_sampling: whether these are meant for sampling too:
+    otherwise it is not compiled, and on a CPU runs in float32.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
