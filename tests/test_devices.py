@@ -158,7 +158,7 @@ def test_a_device_without_float64_trains_and_samples_alike(tmp_path, monkeypatch
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs are of NVIDIA's GPUs")
 def test_recorded_updates_learn_what_others_do(tmp_path):
-    """Graphs of updates in several parts, of a critic's too; the last part is the smallest."""
+    """Graphs of updates in several parts, of different sizes, and of a critic's too."""
     config = tmp_path / "tiny.yaml"
     training = {"batch_size": 5, "accumulate": 2, "warmup": 1}
     config.write_text(yaml.safe_dump(short(model={"dropout": 0.0}, training=training)))

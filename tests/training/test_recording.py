@@ -1,14 +1,19 @@
 """Recorded work, with a stand-in for CUDA's graphs; tests/test_devices.py has the real ones."""
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
+from pipeline.build import build_denoiser
+from pipeline.config import make_config
 from pipeline.sections import EngineConfig
-from tests.training.test_loop import make_stage
+from tests.toys import tiny
+from tests.training.test_loop import ALONE, base_objective, begin, digits, make_stage
+from training.loop import train_updates
 from training.recording import WARM_UP, Recording
 from training.trainee import make_trainee
 from utils.processes import World
@@ -89,6 +94,24 @@ def test_what_was_returned_stays_as_it_was(recorded):
     recording({"x": torch.ones(2, 3)}, {"weight": torch.ones(2)})
     for value, before in zip(first, kept, strict=True):
         torch.testing.assert_close(value, before, rtol=0, atol=0)
+
+
+def test_the_loop_learns_the_same_from_recorded_updates(recorded, monkeypatch):
+    """Three updates of nine images, in parts of four and five, from the same weights."""
+    wrap, _, graphs = recorded
+    monkeypatch.setattr("training.loop.Recording", lambda work, of: Recording(wrap(work), of))
+    config, stage = make_config(tiny(model={"dropout": 0.0}), "x"), make_stage(updates=3)
+    stage = replace(stage, batch_size=9, accumulate=2)
+    ends = []
+    for is_recorded in (False, True):
+        trainee = begin(config)
+        trainee.recorded = is_recorded
+        objective = base_objective(build_denoiser(config, trainee.called, ALONE.device))
+        metrics = list(train_updates(trainee, stage, digits(), objective, ALONE))
+        curve = torch.tensor([(one.loss, one.gradient_norm) for one in metrics])
+        ends.append([curve, *trainee.network.parameters()])
+    assert len(graphs) == 2
+    torch.testing.assert_close(*ends)
 
 
 @pytest.mark.parametrize(
