@@ -598,3 +598,20 @@ def test_a_compiled_update_is_the_eager_one():
         return [m.loss for m in train_updates(trainee, make_stage(), digits(), objective, ALONE)]
 
     assert run(True) == pytest.approx(run(False), rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_gradient_is_that_of_the_mean_over_the_batch(accumulate):
+    """Adam hides its length, but clipping and the figures of a run do not."""
+    network = nn.Linear(1, 1, bias=False)
+
+    def losses(x, condition, drawn):
+        loss = network.weight.flatten().expand(len(x)) * drawn["slope"]
+        return loss, torch.zeros(len(x))
+
+    slopes = torch.arange(8.0)
+    objective = Objective(lambda rng, shape: {"slope": slopes}, losses)
+    stage = make_stage(updates=1, accumulate=accumulate)
+    trainee = make_trainee(network, stage, ALONE)
+    (metrics,) = train_updates(trainee, stage, digits(), objective, ALONE)
+    assert metrics.gradient_norm == pytest.approx(slopes.mean().item())
