@@ -5,23 +5,21 @@ BIN := $(VENV)/bin
 CONFIG := configs/quickstart.yaml
 NEWEST = $$(ls output/quickstart/diffusion-*.pt | sort -V | tail -n 1)
 RESULTS := output/distilled/quickstart
-SMALL := configs/mnist_small.yaml
 PROCESSES ?= 2
 RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
 EVALUATE = $(RANKS) evaluate.py --output output/evaluation
-PUBLISHED := pretrained/mnist-*.safetensors
 
-.PHONY: help install quickstart results evaluate clean_ground evaluate_clean adversarial evaluate_adversarial by_class \
+.PHONY: help install quickstart results adversarial half_width evaluate by_class \
 	experiments ablation methods networks pipeline gpu latency demo test test-slow test-demo torture lint format mutants \
 	notebook lock clean
 
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
-	@echo 'make results      the published weights anew: train, distil 1024 -> 1, measure (hours)'
-	@echo 'make evaluate     measure the published weights (hours)'
-	@echo 'make clean_ground the published weights, trained on until their ground is black (hours; minutes on a GPU)'
-	@echo 'make adversarial  their students, drawn towards the data as well (an hour or two)'
+	@echo 'make results      the published weights anew: train, distil, measure (hours)'
+	@echo 'make adversarial  a part of it: students that are drawn towards the data as well (an hour or two)'
+	@echo 'make half_width   a part of it: students with half the channels (an hour)'
+	@echo 'make evaluate     a part of it: measure the published weights (an hour)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
@@ -61,81 +59,69 @@ quickstart: $(VENV)/.installed
 	@echo
 	@echo 'look at $(RESULTS)/comparison.png and ladder.png; the table is in ladder.md beside them'
 
-# On two CPU cores, two processes of one thread are faster than one of two. On GPUs: PROCESSES=<GPUs>.
-results: $(VENV)/.installed
-	$(RANKS) train.py --config_path $(SMALL)
-	$(RANKS) distill.py --config_path $(SMALL) \
-		--teacher_model_checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1)
-	$(BIN)/python -m tools.publish --half --name mnist --output pretrained \
-		--checkpoint $$(ls output/mnist_small/diffusion-*.pt | sort -V | tail -n 1) \
-		$(foreach n,64 8 4 2 1,output/distilled/mnist_small/student-$(n).pt)
-	$(MAKE) evaluate
-	mkdir -p docs/mnist
-	cp output/evaluation/results.* output/evaluation/distances.png output/distilled/mnist_small/comparison.png \
-		docs/mnist/
-
-# 2,000 images of each, as a distance falls with their number; 5,000 of few steps as well. Each call
-# adds its rows to those of the ones before, and draws no image twice.
-evaluate: $(VENV)/.installed
-	$(EVALUATE) --checkpoint $(PUBLISHED) --steps 1024 --count 2000
-	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors pretrained/mnist-[1248]-step*.safetensors \
-		--steps 1 2 4 8 1024 --count 5000 --max_calls 2048000
-	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors \
-		--steps 1 2 4 8 16 32 64 128 1024 --count 2000
-	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler dpm_solver++ \
-		--steps 1 2 4 8 16 32 64 --count 2000
-	$(EVALUATE) --checkpoint pretrained/mnist-teacher.safetensors --sampler ancestral \
-		--steps 1 2 4 8 16 32 64 128 1024 --count 2000 --max_calls 1024000
-
-# The published weights trained on with x_hat in [-1, 1]: their samples have a black ground. The students of 16 and 8
-# steps begin anew, as their teacher, in a second ladder: those that began as the first weights' went on drawing like them.
-# On one GPU: make clean_ground PROCESSES=1 ENGINE=engine.cuda_graphs=true; ENGINE=engine.precision=bf16 on
-# processors that have it.
+# The published weights from nothing. A second call goes on where a stop left off. On two CPU cores, two processes of
+# one thread are faster than one of two. On processors that have it: ENGINE=engine.precision=bf16. On one GPU:
+# PROCESSES=1 ENGINE=engine.cuda_graphs=true; on several: PROCESSES=<GPUs>.
 ENGINE ?= engine.precision=fp32
-CLEAN = output/mnist_clean/diffusion-8000.pt
-FIRST = output/distilled/mnist_clean
-SECOND = output/distilled/mnist_clean_again
-CLEAN_LADDER = $(RANKS) distill.py --config_path configs/mnist_clean.yaml --teacher_model_checkpoint $(CLEAN)
-clean_ground: $(VENV)/.installed
-	$(RANKS) train.py --config_path configs/mnist_clean.yaml --initialise pretrained/mnist-teacher.safetensors \
-		--set $(ENGINE)
-	$(CLEAN_LADDER) --set $(ENGINE) --initialise $(foreach n,8-steps 4-steps 2-steps 1-step,pretrained/mnist-$(n).safetensors)
-	$(CLEAN_LADDER) --output $(SECOND) --set distillation.ladder=[64,16,8] distillation.updates_per_stage=[300,700] \
-		$(ENGINE)
-	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/clean --checkpoint $(CLEAN) \
-		$(SECOND)/student-8.pt $(foreach n,4 2 1,$(FIRST)/student-$(n).pt)
-	$(MAKE) evaluate_clean
+CLEAN = configs/mnist_clean.yaml
+TEACHER = output/mnist_clean/diffusion-8000.pt
+LADDER = output/distilled/mnist_clean
+HALF = output/distilled/mnist_half_width
+PUBLISH = $(BIN)/python -m tools.publish --half --output pretrained --checkpoint
+results: $(VENV)/.installed-dev
+	$(RANKS) train.py --config_path configs/mnist_small.yaml --set $(ENGINE)
+	$(RANKS) train.py --config_path $(CLEAN) --initialise output/mnist_small/diffusion-18000.pt --set $(ENGINE)
+	$(RANKS) distill.py --config_path $(CLEAN) --teacher_model_checkpoint $(TEACHER) --set $(ENGINE)
+	$(PUBLISH) $(TEACHER) $(foreach n,8 4 2 1,$(LADDER)/student-$(n).pt) --name mnist
+	$(MAKE) adversarial
+	$(MAKE) half_width
+	$(MAKE) evaluate
 
-evaluate_clean: $(VENV)/.installed
-	$(RANKS) evaluate.py --output output/clean_ground --checkpoint pretrained/clean/*.safetensors --steps 64 --count 5000
-	mkdir -p docs/clean
-	cp output/clean_ground/results.* output/clean_ground/distances.png docs/clean/
-
-# The students of pretrained/clean, drawn towards the data by an adversarial term as well. Where a student stays what it
-# is, and is there only as the next one's teacher, it gets a single update.
+# The ladder's students, drawn towards the data by an adversarial term as well. Where a student stays what it is, and
+# is there only as the next one's teacher, it gets a single update.
+PUBLISHED = pretrained/mnist-$(1).safetensors
 AS_WELL = output/distilled/adversarial
-CLEAN_STUDENT = pretrained/clean/mnist-$(1).safetensors
-ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call CLEAN_STUDENT,teacher) --set \
-	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 distillation.learning_rate=2.0e-4 \
+ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set \
+	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 \
 	distillation.time_exponent=3.0 distillation.ema_decay=0.998 distillation.checkpoint_every=50 $(ENGINE)
 adversarial: $(VENV)/.installed-dev
 	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,500,800] \
 		distillation.warmup=60 distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] --output $(AS_WELL) \
-		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,$(call CLEAN_STUDENT,$(n)))
+		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,$(call PUBLISHED,$(n)))
 	$(ADVERSARIAL) distillation.ladder=[64,8,4] distillation.updates_per_stage=[1,800] \
 		distillation.warmup=200 distillation.learning_rate=[1.0e-4,2.0e-4] --output $(AS_WELL)_4 \
-		--initialise $(foreach n,8-steps 4-steps,$(call CLEAN_STUDENT,$(n)))
-	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/adversarial \
-		--checkpoint $(AS_WELL)_4/student-4.pt $(AS_WELL)/student-2.pt $(AS_WELL)/student-1.pt
-	$(MAKE) evaluate_adversarial
+		--initialise $(foreach n,8-steps 4-steps,$(call PUBLISHED,$(n)))
+	$(PUBLISH) $(AS_WELL)_4/student-4.pt $(AS_WELL)/student-2.pt $(AS_WELL)/student-1.pt --name mnist-adversarial
+
+# Students with half the channels: distilled from the one of 8 steps, then with the adversarial term as well.
+HALF_CHANNELS = "distillation.student={channels: 16, channel_multipliers: [1, 2, 2], blocks_per_level: 2, \
+	attention_resolutions: [8], attention_heads: 2, dropout: 0.0, resample: conv, patch_size: 2}"
+half_width: $(VENV)/.installed-dev
+	$(RANKS) distill.py --config_path configs/mnist_half_width.yaml \
+		--teacher_model_checkpoint $(call PUBLISHED,8-steps) --set $(ENGINE)
+	$(ADVERSARIAL) $(HALF_CHANNELS) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,1,800] \
+		distillation.warmup=60 distillation.learning_rate=[1.0e-5,1.0e-5,1.0e-5,3.0e-4] --output $(HALF)_1 \
+		--initialise $(foreach n,8 4 2 1,$(HALF)/student-$(n).pt)
+	$(ADVERSARIAL) $(HALF_CHANNELS) distillation.ladder=[64,8] distillation.updates_per_stage=400 \
+		distillation.warmup=60 distillation.learning_rate=3.0e-4 distillation.time_exponent=1.5 --output $(HALF)_8 \
+		--initialise $(HALF)/student-8.pt
+	$(PUBLISH) $(HALF)_8/student-8.pt $(HALF)_1/student-1.pt --name mnist-half-width
+
+# 5,000 images of each; of 2,000, as a distance falls with their number, also other samplers and numbers of steps.
+# Each call adds its rows to those of the ones before, and draws no image twice.
+MEASURED = $(call PUBLISHED,teacher) $(wildcard pretrained/mnist-[1248]-step*.safetensors \
+	pretrained/mnist-adversarial-*.safetensors pretrained/mnist-half-width-*.safetensors)
+evaluate: $(VENV)/.installed
+	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 5000
+	$(EVALUATE) --checkpoint $(MEASURED) --steps 1 2 4 8 16 32 64 128 --count 2000
+	$(EVALUATE) --checkpoint $(call PUBLISHED,teacher) --sampler dpm_solver++ \
+		--steps 1 2 4 8 10 16 20 32 --count 2000
+	$(EVALUATE) --checkpoint $(call PUBLISHED,teacher) --sampler ancestral \
+		--steps 1 2 4 8 16 32 64 128 --count 2000
+	mkdir -p docs/mnist
+	cp output/evaluation/results.* output/evaluation/distances.png docs/mnist/
 	$(BIN)/python -m tools.race --output docs/race.gif
 	$(BIN)/python -m tools.export_demo
-
-evaluate_adversarial: $(VENV)/.installed
-	$(RANKS) evaluate.py --output output/adversarial --checkpoint $(call CLEAN_STUDENT,teacher) \
-		pretrained/adversarial/*.safetensors --steps 64 --count 5000
-	mkdir -p docs/adversarial
-	cp output/adversarial/results.* output/adversarial/distances.png docs/adversarial/
 
 # A teacher that knows the classes, and its students that take the guidance weight as an input.
 BY_CLASS = output/mnist_conditional/diffusion-4000.pt
@@ -143,9 +129,8 @@ by_class: $(VENV)/.installed-dev
 	$(RANKS) train.py --config_path configs/mnist_conditional.yaml --set training.updates=4000 engine.precision=bf16
 	$(RANKS) distill.py --config_path configs/mnist_guided.yaml --teacher_model_checkpoint $(BY_CLASS) \
 		--set engine.precision=bf16
-	$(BIN)/python -m tools.publish --half --name mnist --output pretrained/by_class --checkpoint $(BY_CLASS) \
-		output/distilled/mnist_guided/student-[18].pt
-	$(RANKS) evaluate.py --checkpoint pretrained/by_class/*.safetensors --steps 64 --guidance 0 1 2 --count 1000 \
+	$(PUBLISH) $(BY_CLASS) output/distilled/mnist_guided/student-[18].pt --name mnist-by-class
+	$(RANKS) evaluate.py --checkpoint pretrained/mnist-by-class-*.safetensors --steps 64 --guidance 0 1 2 --count 1000 \
 		--output output/by_class
 	$(BIN)/python -m tools.export_demo
 

@@ -28,7 +28,7 @@ dependencies += ["tqdm", "yaml"]
 def mnist(steps: int | None = None, device: str | None = None) -> _api.Sampler:
     """Returns a sampler of the released MNIST weights: sample(64, seed=0) -> (64, 1, 32, 32).
 
-    steps: 1, 2, 4, .. 64 for the student of so many; more for the teacher in so many DDIM steps;
+    steps: 1, 2, 4 or 8 for the student of so many; more for the teacher in so many DDIM steps;
     None for the teacher in its own number. device: by default a GPU if there is one.
     """
     return _api.load_published(_ROOT / "pretrained", "mnist", steps, device)

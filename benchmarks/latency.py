@@ -1,8 +1,8 @@
 """How long an image takes: python -m benchmarks.latency > docs/latency.md.
 
-By model, number of steps and batch size, in PyTorch, in ONNX Runtime and in a browser; the last
-model also with half its channels. Every cell is the least of several times, in milliseconds an
-image; images a second are 1000 divided by it. A batch that would take too long is left out.
+By model, number of steps and batch size, in PyTorch, in ONNX Runtime and in a browser. Every cell
+is the least of several times, in milliseconds an image; images a second are 1000 divided by it. A
+batch that would take too long is left out.
 """
 
 import argparse
@@ -21,10 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.throughput import synchronise
-from models.diffusers_unet import DiffusersUNetSection
 from pipeline.build import image_shape, load_denoiser
-from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from pipeline.network import build_network
+from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.sampling import SampleRequest
 from tools import export_onnx
 from utils.command import (
@@ -42,10 +40,11 @@ from utils.processes import World, choose_device
 Draw = Callable[[int], float | None]
 """Draws a batch of so many images; returns the seconds, if it takes the time itself."""
 
-PUBLISHED = [
-    Path(f"pretrained/mnist-{name}.safetensors")
-    for name in ("teacher", "8-steps", "4-steps", "2-steps", "1-step")
-]
+IN_THE_PAGE = ("teacher", "8-steps", "4-steps", "2-steps", "1-step")  # networks of these shapes
+PUBLISHED = {
+    Path(f"pretrained/mnist-{name}.safetensors"): name in IN_THE_PAGE
+    for name in (*IN_THE_PAGE, "half-width-8-steps", "half-width-1-step")
+}
 BASE_STEPS = (1024, 64)  # of a base model
 LONGEST = 16  # steps that are really done; more are a multiple of the time of these
 REPEATS = 3
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line and measures. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", nargs="+", type=path_name, default=PUBLISHED, metavar="FILE")
+    add("--checkpoint", nargs="+", type=path_name, default=[*PUBLISHED], metavar="FILE")
     sizes = [1, 4, 16, 64, 256]
     add("--batch_size", nargs="+", type=whole_number(1, 2**16), default=sizes, metavar="N")
     ways = ("pytorch", "onnx", "browser")
@@ -77,7 +76,7 @@ def measure(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         browser = open_browser(stack) if "browser" in arguments.ways else None
-        for path in [*arguments.checkpoint, *half_width(arguments.checkpoint[-1], folder)]:
+        for path in arguments.checkpoint:
             checkpoint = load_checkpoint(path)
             for steps in BASE_STEPS if checkpoint.num_steps is None else (checkpoint.num_steps,):
                 ways: dict[str, tuple[Draw, int]] = {}
@@ -85,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> None:
                     ways["PyTorch"] = pytorch(checkpoint, path, steps, device)
                 if "onnx" in arguments.ways:
                     ways["ONNX Runtime"] = onnx(checkpoint, path, steps, folder)
-                if browser is not None and path in PUBLISHED and steps != BASE_STEPS[0]:
+                if browser is not None and PUBLISHED.get(path) and steps != BASE_STEPS[0]:
                     ways["browser"] = in_browser(browser, checkpoint, steps)
                 for way, (draw, done) in ways.items():
                     if (path, way, done) not in timed:  # once for all of a base model's steps
@@ -94,23 +93,6 @@ def measure(arguments: argparse.Namespace) -> None:
                     rows.append(row(path.stem, steps, way, took))
                     print(rows[-1], file=sys.stderr)
     say(table(rows, sizes, device))
-
-
-def half_width(path: Path, folder: Path) -> list[Path]:
-    """Writes the model with half its channels and random weights, which do not change its speed.
-
-    Returns its file; none for a network of diffusers.
-    """
-    checkpoint = load_checkpoint(path)
-    model = checkpoint.config.model
-    if isinstance(model, DiffusersUNetSection):
-        return []
-    model = model.model_copy(update={"channels": model.channels // 2})
-    config = checkpoint.config.model_copy(update={"model": model})
-    weights = build_network(config, torch.device("cpu")).state_dict()
-    half = folder / f"{path.stem}-half-width.pt"
-    save_checkpoint(half, replace(checkpoint, config=config, model=weights, ema=None))
-    return [half]
 
 
 def pytorch(
@@ -217,8 +199,7 @@ def table(rows: list[str], sizes: list[int], device: torch.device) -> str:
         [
             "# Milliseconds an image",
             "",
-            '`make latency` measured this while nothing else ran. "half-width" is a network with '
-            "half the channels and random weights, as its weights do not change its speed.",
+            "`make latency` measured this while nothing else ran.",
             "",
             f"Milliseconds an image, {device} ({processor()}), {threads} threads (the browser has "
             f"one), torch {torch.__version__}. A base model's {LONGEST} steps are timed, and "

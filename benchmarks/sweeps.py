@@ -180,7 +180,7 @@ HALF_WIDTH = (
 )
 METHODS = Sweep(
     about="methods of distillation on one teacher",
-    teacher=Path("pretrained/mnist-64-steps.safetensors"),
+    teacher=Path("pretrained/mnist-teacher.safetensors"),
     common=distillation(
         learning_rate=0.0002,
         batch_size=32,

@@ -147,6 +147,7 @@ class Comparison:
             memorised_features=nearness,
             base_steps=None if partners.base is None else partners.base.steps,
             run=job.checkpoint.name,
+            base_run="" if partners.base is None else partners.base.checkpoint.name,
             update=job.checkpoint.update,
             guidance=job.guidance,
             faint=faint,
@@ -276,6 +277,6 @@ def with_relations_of(before: Row, row: Row) -> Row:
     if row.to_teacher is None:
         row = replace(row, to_teacher=before.to_teacher, teachers_class=before.teachers_class)
     if (row.base_steps or 0) < (before.base_steps or 0):
-        base = {key: getattr(before, key) for key in ("to_base", "same_class", "base_steps")}
-        row = replace(row, **base)
+        keys = ("to_base", "same_class", "base_steps", "base_run")
+        row = replace(row, **{key: getattr(before, key) for key in keys})
     return row

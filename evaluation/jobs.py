@@ -168,12 +168,13 @@ def _is_base_of(other: Job, job: Job) -> bool:
     """Returns whether the other job is a base model of the same network and data, with DDIM.
 
     A student may take the guidance weight as an input where its base model is guided, and predict
-    something else.
+    something else, and have another network (distillation.student).
     """
     a, b = other.checkpoint.config, job.checkpoint.config
     model = b.model.model_copy(update={"guidance": False})
     levels = [c.diffusion.model_copy(update={"prediction": "v"}) for c in (a, b)]
-    same = (a.model, levels[0], a.data.name) == (model, levels[1], b.data.name)
+    same = b.distillation.student is not None or a.model == model
+    same = same and (levels[0], a.data.name) == (levels[1], b.data.name)
     same = same and a.codec.identity == b.codec.identity
     same = same and other.guidance == job.guidance
     return same and other.checkpoint.num_steps is None and other.sampler == "ddim"

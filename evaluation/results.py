@@ -1,6 +1,7 @@
 """The results of an evaluation: rows, kept in results.json, and how they belong together."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from utils.files import require_regular_file
 
 FLOOR = "real images"
 NOISY = "real images on noise"  # of 0 .. 6 of 255
-DISTILLED = ": distilled"
+DISTILLED = ", distilled"
 
 
 class Key(NamedTuple):
@@ -41,7 +42,8 @@ class Row:
     nearer to a training image than all but 1% of real images, in pixels and in features; slightly
     more than 1% is no proof, because the real images are test images and the classifier has seen
     most training images. run: the checkpoint's name, which students and their base model share
-    unless they were distilled with a YAML of another name; update: how far it was trained.
+    unless they were distilled with a YAML of another name; base_run: that of the base model that it
+    was compared with; update: how far it was trained.
     guidance: the weight of classifier-free guidance. faint, border: see quality.ground; of digits
     alone. source: a digest of what the images depend on.
     """
@@ -60,6 +62,7 @@ class Row:
     memorised_features: float | None = None
     base_steps: int | None = None
     run: str = ""
+    base_run: str = ""
     update: int = 0
     guidance: float = 0.0
     faint: float | None = None
@@ -74,10 +77,14 @@ class Row:
 
     @property
     def curve(self) -> str:
-        """The name of the curve that it is a point of."""
+        """The name of the curve that it is a point of.
+
+        Students are on one if their names differ only in the number of steps.
+        """
         guided = f", guidance {self.guidance:g}" if self.guidance else ""
+        ladder = re.sub(r"-\d+(-steps?)?(?=$|, )", "", self.name)  # "student-8, bf16"
         return {
-            "student": f"{self.run}{guided}{DISTILLED}",
+            "student": f"{self.run}: {ladder}{guided}{DISTILLED}",
             "base": f"{self.run}: {self.name}, {self.sampler}{guided}",
         }.get(self.kind, self.name)
 
@@ -124,11 +131,17 @@ def read_results(path: Path) -> Results | None:
 def finest_base(results: Results, run: str | None = None) -> Row | None:
     """Returns the best-sampled row of the base model of a run, or of any run; None without one.
 
-    That is the longest trained, then the one with the most DDIM steps, then the most samples.
+    That is the longest trained, then one with as many samples as a student, then the one with the
+    most DDIM steps, then the most samples.
     """
-    bases = [r for r in results.rows if (r.kind, r.sampler, r.guidance) == ("base", "ddim", 0.0)]
-    ours = [r for r in bases if run in (None, r.run)]
-    return max(ours, key=lambda r: (r.update, r.steps or 0, r.quality.count), default=None)
+    ours = [r for r in results.rows if run in (None, r.run)]
+    counts = {r.quality.count for r in ours if r.kind == "student"}
+    bases = [r for r in ours if (r.kind, r.sampler, r.guidance) == ("base", "ddim", 0.0)]
+
+    def rank(row: Row) -> tuple[int, bool, int, int]:
+        return row.update, row.quality.count in counts, row.steps or 0, row.quality.count
+
+    return max(bases, key=rank, default=None)
 
 
 def by_curve(results: Results) -> dict[str, dict[int, Row]]:

@@ -65,7 +65,7 @@ def against_base(row: Row, results: Results) -> Compared | None:
     None if that has another number of images, or was measured before distances_without was kept.
     """
     bases = [r for r in results.rows if r.quality.count == row.quality.count]
-    base = finest_base(Results(results.features, results.reference, bases), row.run)
+    base = finest_base(Results(results.features, results.reference, bases), row.base_run or row.run)
     if row.steps is None or base is None or base is row:
         return None
     ours, theirs = row.quality, base.quality
@@ -119,7 +119,7 @@ def summary(results: Results) -> str:
     titles = sorted(curves, key=lambda title: (not title.endswith(DISTILLED), title))
     lines = [
         f"Frechet distances, n = {count:,} where no other is said; in brackets a student's over "
-        "that of its base model at its most steps:",
+        f"that of its base model in {finest.steps} steps of DDIM:",
         "",
         f"| steps | {' | '.join(map(_cell, titles))} |",
         f"|{'---:|' * (len(titles) + 1)}",
@@ -133,7 +133,7 @@ def summary(results: Results) -> str:
 
 def _distance(row: Row, results: Results, usual_count: int) -> str:
     said = f"{row.quality.frechet:.3f} ± {row.quality.frechet_interval:.3f}"
-    base = finest_base(results, row.run)
+    base = finest_base(results, row.base_run or row.run)
     if row.kind == "student" and base is not None and base.quality.count == row.quality.count:
         said += f" ({row.quality.frechet / base.quality.frechet:.2f})"
     return said if row.quality.count == usual_count else f"{said}, n = {row.quality.count:,}"

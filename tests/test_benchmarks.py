@@ -413,7 +413,7 @@ def test_latencies_are_timed_by_model_way_and_batch(tmp_path, capsys, monkeypatc
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
     assert cells[0][3:5] == ["batch 1", "batch 3"]
     found = [tuple(row[:3]) for row in cells[2:]]
-    models = (("diffusion-4", "32"), ("student-2", "2"), ("student-2-half-width", "2"))
+    models = (("diffusion-4", "32"), ("student-2", "2"))
     assert found == [
         (name, steps, way) for name, steps in models for way in ("PyTorch", "ONNX Runtime")
     ]

@@ -34,13 +34,13 @@ SCREENSHOTS = ROOT / "output" / "demo-screenshots"
 CPU = torch.device("cpu")
 MANIFEST = json.loads((DEMO / "models" / "manifest.json").read_text())
 PRETRAINED = {
-    "teacher": "clean/mnist-teacher",
-    "student-8": "clean/mnist-8-steps",
-    "student-4": "adversarial/mnist-4-steps",
-    "student-2": "adversarial/mnist-2-steps",
-    "student-1": "adversarial/mnist-1-step",
+    "teacher": "mnist-teacher",
+    "student-8": "mnist-8-steps",
+    "student-4": "mnist-adversarial-4-steps",
+    "student-2": "mnist-adversarial-2-steps",
+    "student-1": "mnist-adversarial-1-step",
 }
-GUIDED = "by_class/mnist-8-steps"
+GUIDED = "mnist-by-class-8-steps"
 CODE = sorted(p for suffix in ("js", "html", "css") for p in DEMO.rglob(f"*.{suffix}"))
 CODE = [path for path in CODE if path.parent.name != "vendor"]
 

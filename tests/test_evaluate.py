@@ -162,21 +162,30 @@ def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
         row("base", 1024, 200, 2.0),
         row("base", 8, 500, 9.0),
         row("base", 8, 500, 7.0, "ancestral"),
-        row("student", 8, 500, 2.5, name="s8"),
-        row("student", 8, 200, 3.0, name="s8"),
-        row("student", 4, 500, 4.0, name="s4"),
-        row("student", 8, 200, 5.0, name="o8", run="other"),
+        row("student", 8, 500, 2.5, name="s-8-steps"),
+        row("student", 8, 200, 3.0, name="s-8-steps"),
+        row("student", 4, 500, 4.0, name="s-4-steps"),
+        row("student", 1, 500, 6.0, name="s-1-step"),
+        row("student", 8, 200, 2.0, name="s-wide-8-steps, bf16"),
+        row("student", 8, 200, 5.0, name="student-8", run="other"),
+        replace(row("student", 4, 200, 8.0, name="student-4", run="other"), base_run="r"),
     ]
-    table = summary(Results("digits", {}, rows)).splitlines()[2:]
+    said, _, *table = summary(Results("digits", {}, rows)).splitlines()
+    assert said.endswith("a student's over that of its base model in 1024 steps of DDIM:")
     assert table[0] == (
-        "| steps | other: distilled | r: distilled | r: e, ddim | r: t, ancestral | r: t, ddim |"
+        "| steps | other: student, distilled | r: s, distilled | r: s-wide, bf16, distilled "
+        "| r: e, ddim | r: t, ancestral | r: t, ddim |"
     )
     assert table[2:] == [
-        "| 1024 |  |  | 8.000 ± 0.100 |  | 2.000 ± 0.100 |",
-        "| 8 | 5.000 ± 0.100 | 3.000 ± 0.100 (1.50) |  "
+        "| 1024 |  |  |  | 8.000 ± 0.100 |  | 2.000 ± 0.100 |",
+        "| 8 | 5.000 ± 0.100 | 3.000 ± 0.100 (1.50) | 2.000 ± 0.100 (1.00) |  "
         "| 7.000 ± 0.100, n = 500 | 9.000 ± 0.100, n = 500 |",
-        "| 4 |  | 4.000 ± 0.100, n = 500 |  |  |  |",
+        "| 4 | 8.000 ± 0.100 (4.00) | 4.000 ± 0.100, n = 500 |  |  |  |  |",
+        "| 1 |  | 6.000 ± 0.100, n = 500 |  |  |  |  |",
     ]
+    # Without students of 200 images, those of 500 are compared with the base's most steps of 500.
+    few = [r for r in rows if (r.kind, r.quality.count) != ("student", 200)]
+    assert "| 8 | 2.500 ± 0.100 (0.28) |" in summary(Results("digits", {}, few))
     assert summary(Results("digits", {}, rows[:4])) == ""
 
 
@@ -358,6 +367,14 @@ def test_a_student_belongs_to_the_base_model_of_its_own_run(workshop):
     later = replace(base, update=base.update + 1)
     jobs = plan_jobs({**made, Path("d"): later}, ["ddim"], [8], 100, None)
     assert Partners.of(jobs[2], jobs).base is jobs[3]
+    wider = student.config.model.model_copy(update={"channels": 64})
+    for its_own in (None, wider):
+        recipe = student.config.distillation.model_copy(update={"student": its_own})
+        config = student.config.model_copy(update={"model": wider, "distillation": recipe})
+        other = replace(student, config=config, name="a third")
+        jobs = plan_jobs({**made, Path("e"): other}, ["ddim"], [8], 100, None)
+        found = Partners.of(jobs[3], jobs).base
+        assert found is (jobs[1] if its_own else None), "a student may have a network of its own"
 
 
 def test_images_from_elsewhere(workshop, tmp_path, capsys):

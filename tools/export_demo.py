@@ -17,14 +17,14 @@ precision and gzip. manifest.json lists the files with their sizes, digests and 
 FORMAT = "progressive-distillation demo"
 FORMAT_VERSION = 1
 PRETRAINED = (
-    "clean/mnist-teacher",
-    "clean/mnist-8-steps",
-    "adversarial/mnist-4-steps",
-    "adversarial/mnist-2-steps",
-    "adversarial/mnist-1-step",
+    "teacher",
+    "8-steps",
+    "adversarial-4-steps",
+    "adversarial-2-steps",
+    "adversarial-1-step",
 )
-PUBLISHED = [Path("pretrained", f"{name}.safetensors") for name in PRETRAINED]
-GUIDED = Path("pretrained", "by_class", "mnist-8-steps.safetensors")
+PUBLISHED = [Path(f"pretrained/mnist-{name}.safetensors") for name in PRETRAINED]
+GUIDED = Path("pretrained/mnist-by-class-8-steps.safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:

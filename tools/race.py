@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Write a GIF in which models draw images from the same noise, one row for each. Every frame is one
 call of each network: a student of 8 steps is done after 8 frames."""
-RACING = ("clean/mnist-teacher", "clean/mnist-8-steps", "adversarial/mnist-1-step")
-PUBLISHED = [Path(f"pretrained/{name}.safetensors") for name in RACING]
+RACING = ("teacher", "8-steps", "adversarial-1-step")
+PUBLISHED = [Path(f"pretrained/mnist-{name}.safetensors") for name in RACING]
 SCALE = 3  # of pixels
 LABEL = 150  # width of the text beside a row, in pixels of the file
 
