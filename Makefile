@@ -93,19 +93,14 @@ adversarial: $(VENV)/.installed-dev
 		--initialise $(foreach n,8-steps 4-steps,$(call PUBLISHED,$(n)))
 	$(PUBLISH) $(AS_WELL)_4/student-4.pt $(AS_WELL)/student-2.pt $(AS_WELL)/student-1.pt --name mnist-adversarial
 
-# Students with half the channels: distilled from the one of 8 steps, then with the adversarial term as well.
-HALF_CHANNELS = "distillation.student={channels: 16, channel_multipliers: [1, 2, 2], blocks_per_level: 2, \
-	attention_resolutions: [8], attention_heads: 2, dropout: 0.0, resample: conv, patch_size: 2}"
+# Students with half the channels: distilled from the one of 8 steps; that of one step with the adversarial term as well.
 half_width: $(VENV)/.installed-dev
 	$(RANKS) distill.py --config_path configs/mnist_half_width.yaml \
 		--teacher_model_checkpoint $(call PUBLISHED,8-steps) --set $(ENGINE)
-	$(ADVERSARIAL) $(HALF_CHANNELS) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,1,800] \
+	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,1,800] \
 		distillation.warmup=60 distillation.learning_rate=[1.0e-5,1.0e-5,1.0e-5,3.0e-4] --output $(HALF)_1 \
-		--initialise $(foreach n,8 4 2 1,$(HALF)/student-$(n).pt)
-	$(ADVERSARIAL) $(HALF_CHANNELS) distillation.ladder=[64,8] distillation.updates_per_stage=400 \
-		distillation.warmup=60 distillation.learning_rate=3.0e-4 distillation.time_exponent=1.5 --output $(HALF)_8 \
-		--initialise $(HALF)/student-8.pt
-	$(PUBLISH) $(HALF)_8/student-8.pt $(HALF)_1/student-1.pt --name mnist-half-width
+		--config_path configs/mnist_half_width.yaml --initialise $(foreach n,8 4 2 1,$(HALF)/student-$(n).pt)
+	$(PUBLISH) $(HALF)/student-8.pt $(HALF)_1/student-1.pt --name mnist-half-width
 
 # 5,000 images of each; of 2,000, as a distance falls with their number, also other samplers and numbers of steps.
 # Each call adds its rows to those of the ones before, and draws no image twice.

@@ -1,6 +1,7 @@
 """Every method of distillation through the command line: run, sampled, killed and resumed."""
 
 import json
+import re
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 
 import distill
 import evaluate
@@ -567,21 +567,19 @@ def test_a_student_of_the_same_teacher_at_other_steps_is_another_student(
     assert "distillation.ladder" in line
 
 
-# --- files of before ------------------------------------------------------------------------------
+# --- published students ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.safetensors")), ids=str)
-def test_published_weights_have_the_uniform_grid_and_ddim(path):
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-    assert header["format_version"] == "1"
+def test_published_students_have_the_uniform_grid_and_ddim(path):
+    """That of their own step count, although a stage of theirs may take four steps in one."""
     checkpoint = load_checkpoint(path)
-    assert checkpoint.num_steps == json.loads(header.get("num_steps", "null"))
-    if checkpoint.num_steps is None:
-        assert checkpoint.sampler is None
+    steps = re.search(r"-(\d+)-steps?$", path.stem)
+    if steps is None:
+        assert (checkpoint.num_steps, checkpoint.sampler) == (None, None)
         return
     schedule = build_schedule(checkpoint.config)
-    assert torch.equal(checkpoint.levels(), uniform_grid(schedule, checkpoint.num_steps))
+    assert torch.equal(checkpoint.levels(), uniform_grid(schedule, int(steps[1])))
     assert checkpoint.sampler == "ddim"
 
 

@@ -1,5 +1,6 @@
 import errno
 import io
+import json
 import math
 import os
 import pickle
@@ -11,12 +12,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from diffusion.grids import uniform_grid
 from pipeline.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
+    NOT_PUBLISHED,
     Checkpoint,
     digest,
     load_checkpoint,
@@ -522,18 +525,27 @@ def test_memory_that_only_a_pickle_asks_for_is_not_taken(saved, at_most_3_gib):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "in KiB"
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 @pytest.mark.parametrize("num_steps", [1, 8])
-def test_a_student_of_version_1_has_the_uniform_grid(tmp_path, num_steps):
+def test_a_student_of_version_1_has_the_uniform_grid(tmp_path, num_steps, name):
     """Its file has the step count alone; no other number is taken."""
-    path = tmp_path / "a.pt"
+    path = tmp_path / name
     student = checkpoint(kind="student", stage=1, grid=GRID, sampler="ddim", ema=None)
-    save_checkpoint(path, student)
-    entries = {k: v for k, v in entries_of(path).items() if k not in ("grid", "sampler", "walker")}
+    save_checkpoint(tmp_path / "now.pt", student)
+    entries = entries_of(tmp_path / "now.pt")
+    entries = {k: v for k, v in entries.items() if k not in ("grid", "sampler", "walker")}
 
     def save(value):
         content = entries | {"num_steps": value}
+        if name == "a.safetensors":
+            content = {k: v for k, v in content.items() if k not in NOT_PUBLISHED or k == "model"}
         head = {"format": FORMAT, "format_version": 1, "digest": digest(content)}
-        torch.save(content | head, path)
+        if name == "a.pt":
+            torch.save(content | head, path)
+        else:
+            model = content.pop("model")
+            header = {key: json.dumps(entry) for key, entry in (content | head).items()}
+            safetensors.torch.save_file(model, path, header)
 
     save(num_steps)
     loaded = load_checkpoint(path)

@@ -315,7 +315,7 @@ TEACHER = CONFIGS.parent / "pretrained" / "mnist-teacher.safetensors"
 def test_a_printed_config_is_that_of_the_ladder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = ("--teacher_model_checkpoint", TEACHER, "--distillation_iterations", 3)
-    settings = ("--set", "distillation.updates_per_stage=[1, 2, 3]")
+    settings = ("--set", "distillation.ladder=null", "distillation.updates_per_stage=[1, 2, 3]")
     settings += ("distillation.learning_rate=[1e-5, 2e-5, .1]", "distillation.time_exponent=1.0")
     text = printed(capsys, distill, *base, "--initial_sampling_steps", 32, *settings)
     config = make_config(parse_yaml(text, "x"), "x")
@@ -325,8 +325,11 @@ def test_a_printed_config_is_that_of_the_ladder(tmp_path, monkeypatch, capsys):
     assert config.distillation.learning_rate == (1e-5, 2e-5, 0.1)
     assert not list(tmp_path.iterdir())
     too_many = ("--initial_sampling_steps", 10**19, "--print_config")
+    too_many += ("--set", "distillation.ladder=null")
     assert distill.main([*map(str, (*base, *too_many))]) == 2
     assert "distillation.first_steps" in capsys.readouterr().err
+    text = printed(capsys, distill, *base, "--initial_sampling_steps", 8)
+    assert make_config(parse_yaml(text, "x"), "x").distillation.steps() == (16, 8, 4, 2)
 
 
 NAMES = [

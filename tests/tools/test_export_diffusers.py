@@ -240,7 +240,10 @@ def test_the_published_student_draws_our_digits_with_the_code_of_its_readme(tmp_
     command = [str(path), "--output", str(tmp_path / "digits"), "--results", str(results)]
     assert export_diffusers.main(command) == 0
     card = (tmp_path / "digits" / "README.md").read_text()
-    assert "| 5,000 | 0.836 ± 0.156 |" in card
+    rows = [row for row in json.loads(results.read_text())["rows"] if row["name"] == path.stem]
+    assert {row["quality"]["count"] for row in rows} == {2000, 5000}
+    for quality in (row["quality"] for row in rows):
+        assert f"| {quality['count']:,} | {quality['frechet']:.3f} ± " in card
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code_of(tmp_path / "digits"), names)
