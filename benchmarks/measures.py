@@ -72,10 +72,10 @@ class Measurer:
         ways = ways_to_sample(self.sweep, checkpoint)
         return [about | self.row(trained.path, checkpoint, *way) for way in ways]
 
-    def teacher_row(self, path: Path, teacher: Checkpoint, steps: int) -> dict[str, Any]:
-        """What is measured of the students' teacher, a student itself."""
+    def teacher_row(self, path: Path, teacher: Checkpoint) -> dict[str, Any]:
+        """What is measured of the students' teacher."""
         nothing = {"updates": 0, "images": 0, "calls": 0, "losses": [], "held_out": None}
-        return nothing | self.row(path, teacher, teacher.sampler or "ddim", steps)
+        return nothing | self.row(path, teacher, *way_of_teacher(teacher, teacher))
 
     def row(self, path: Path, checkpoint: Checkpoint, sampler: str, steps: int) -> dict[str, Any]:
         """What is measured of one way of sampling a checkpoint."""
@@ -100,8 +100,7 @@ class Measurer:
         quality = measure(features, reference)
         distance = None
         if self.teacher is not None and self.taught_by is not None:
-            ladder = checkpoint.config.distillation.steps()
-            way = (self.taught_by.sampler or "ddim", self.taught_by.num_steps or ladder[0])
+            way = way_of_teacher(self.taught_by, checkpoint)
             theirs = self.samples(self.teacher, self.taught_by, *way)
             distance = (encode(images) - encode(theirs)).square().mean().item()
         return {
@@ -169,6 +168,17 @@ def ways_to_sample(sweep: Sweep, checkpoint: Checkpoint) -> list[tuple[str, int]
     sampler = checkpoint.sampler or "ddim"
     own = sweep.steps if sampler == "consistency" else (checkpoint.num_steps,)
     return [(sampler, n) for n in own if n in (sweep.steps or own)]
+
+
+def way_of_teacher(teacher: Checkpoint, checkpoint: Checkpoint) -> tuple[str, int]:
+    """The sampler and steps by which a teacher draws what a checkpoint's samples are compared with.
+
+    A base model takes the steps that the student's ladder begins with, for itself those it is
+    sampled in by default.
+    """
+    config = checkpoint.config
+    first = config.sampling.steps if checkpoint.kind == "base" else config.distillation.steps()[0]
+    return teacher.sampler or "ddim", teacher.num_steps or first
 
 
 def milliseconds_per_image(checkpoint: Checkpoint, path: Path, sampler: str, steps: int) -> float:

@@ -175,13 +175,13 @@ class Bench:
                 write_text(folder / "result.json", json.dumps(result) + "\n")
 
     def measure_teacher(self) -> None:
-        """Measures the students' teacher in its own steps, if it has any and is not known yet."""
+        """Measures the students' teacher, if it is not known yet."""
         teacher = self.measurer.taught_by
-        if teacher is None or teacher.num_steps is None or self.teacher is None:
+        if teacher is None or self.teacher is None:
             return
         with locked(self.output / "locks" / TEACHER, wait=False) as alone:
             if alone and self.result(TEACHER) is None:
-                row = self.measurer.teacher_row(self.teacher, teacher, teacher.num_steps)
+                row = self.measurer.teacher_row(self.teacher, teacher)
                 result = {"measure": self.measure(), "rows": [row]}
                 write_text(self.output / TEACHER / "result.json", json.dumps(result) + "\n")
 

@@ -221,7 +221,7 @@ METHODS = Sweep(
         "straight_4": distillation(ladder=[64, 4]),
         "straight_2": distillation(ladder=[64, 2]),
     },
-    seconds=900,
+    seconds=720,
     count=5000,
     steps=(8, 4, 2, 1),
     compared_with="progressive",
