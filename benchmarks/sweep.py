@@ -22,6 +22,7 @@ import train
 from benchmarks.measures import Measurer, Rows, Trained, locked
 from benchmarks.sweeps import SWEEPS, Sweep
 from benchmarks.timing import timed_stages
+from evaluation.curves import plot_distances
 from evaluation.frechet import compare_distances
 from pipeline.checkpoint import Checkpoint, digest
 from pipeline.config import Config, load_config
@@ -104,7 +105,11 @@ def compare(arguments: argparse.Namespace) -> None:
         for name in bench.best(sweep.repeated):
             if name in wanted:
                 bench.run(name + AGAIN, [*sweep.variants[name], "seed=1"])
-    say(table(sweep, bench.results()))
+    results = bench.results()
+    if curves := curves_of(results):
+        plot_distances(bench.output / "distances.png", curves)
+        say(f"written: {bench.output / 'distances.png'}")
+    say(table(sweep, results))
 
 
 @dataclass(frozen=True)
@@ -332,6 +337,16 @@ def table(sweep: Sweep, results: dict[str, Rows]) -> str:
             f"| {name} | {changes_of(sweep, name)} | diverged |{' |' * (len(columns) - 1)}"
         )
     return "\n".join(lines)
+
+
+def curves_of(results: dict[str, Rows]) -> dict[str, list[tuple[int, float, float]]]:
+    """The distances of variants by steps, and their intervals; none if all have as many steps."""
+    curves = {
+        name: [(row["steps"], row["frechet"], row["interval"]) for row in rows]
+        for name, rows in results.items()
+        if rows and len({row["sampler"] for row in rows}) == 1
+    }
+    return curves if len({point[0] for points in curves.values() for point in points}) > 1 else {}
 
 
 def difference(row: dict[str, Any], other: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Figures: the loss of a run, and distances by sampling steps."""
 
 from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from utils.images import save_figure
 from utils.terminal import printable
 
 APART = 1.06  # the factor between the steps of neighbouring curves in a figure
+MARKERS = "os^"
 
 
 def draw_loss_curve(folder: Path) -> Path:
@@ -49,39 +51,58 @@ def _label(title: str) -> str:
 
 
 def draw_distances(path: Path, results: Results) -> None:
-    """Plots Frechet distances with intervals over sampling steps, and the floor as a line.
+    """Plots the Frechet distances of results over sampling steps, and their floor as a line."""
+    curves = {
+        title: [
+            (steps, row.quality.frechet, row.quality.frechet_interval)
+            for steps, row in points.items()
+        ]
+        for title, points in sorted(by_curve(results).items())
+    }
+    if not curves:
+        return
+    floors = {r.quality.count: r.quality.frechet for r in results.rows if r.kind == "floor"}
+    floor = None
+    if floors:
+        finest = finest_base(results)
+        count = finest.quality.count if finest and finest.quality.count in floors else max(floors)
+        floor = f"real images, n = {count:,} (floor)", floors[count]
+    plot_distances(path, curves, floor, {title for title in curves if title.endswith(DISTILLED)})
 
-    Curves are moved apart sideways a little, so that their intervals do not cover each other.
+
+def plot_distances(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[int, float, float]]],
+    floor: tuple[str, float] | None = None,
+    thick: Container[str] = (),
+) -> None:
+    """Plots curves of (sampling steps, distance, half its interval), both axes logarithmic.
+
+    floor: the name and height of a line. thick: titles of curves. Curves are moved apart sideways a
+    little, so that their intervals do not cover each other.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    curves = by_curve(results)
-    if not curves:
-        return
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    for number, (title, points) in enumerate(sorted(curves.items())):
-        rows = [points[steps] for steps in sorted(points)]
+    for number, (title, points) in enumerate(curves.items()):
+        steps, distances, intervals = zip(*sorted(points), strict=True)
         aside = APART ** (number - (len(curves) - 1) / 2)
         axes.errorbar(
-            [steps * aside for steps in sorted(points)],
-            [row.quality.frechet for row in rows],
-            [row.quality.frechet_interval for row in rows],
-            marker="o",
+            [n * aside for n in steps],
+            distances,
+            intervals,
+            marker=MARKERS[number // 10 % len(MARKERS)],  # there are ten colours
             markersize=4,
             capsize=3,
-            linewidth=2 if title.endswith(DISTILLED) else 1.2,
+            linewidth=2 if title in thick else 1.2,
             label=_label(title),
         )
-    floors = {r.quality.count: r.quality.frechet for r in results.rows if r.kind == "floor"}
-    if floors:
-        finest = finest_base(results)
-        count = finest.quality.count if finest and finest.quality.count in floors else max(floors)
-        title = f"real images, n = {count:,} (floor)"
-        axes.axhline(floors[count], color="grey", linestyle="--", label=title)
+    if floor is not None:
+        axes.axhline(floor[1], color="grey", linestyle="--", label=floor[0])
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance")
-    axes.set_xticks(sorted({steps for points in curves.values() for steps in points}))
+    axes.set_xticks(sorted({steps for points in curves.values() for steps, *_ in points}))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)

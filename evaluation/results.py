@@ -77,15 +77,15 @@ class Row:
 
     @property
     def curve(self) -> str:
-        """The name of the curve that it is a point of.
+        """The name that the curve of which it is a point has among those of its run.
 
         Students are on one if their names differ only in the number of steps.
         """
         guided = f", guidance {self.guidance:g}" if self.guidance else ""
         ladder = re.sub(r"-\d+(-steps?)?(?=$|, )", "", self.name)  # "student-8, bf16"
         return {
-            "student": f"{self.run}: {ladder}{guided}{DISTILLED}",
-            "base": f"{self.run}: {self.name}, {self.sampler}{guided}",
+            "student": f"{ladder}{guided}{DISTILLED}",
+            "base": f"{self.name}, {self.sampler}{guided}",
         }.get(self.kind, self.name)
 
 
@@ -145,15 +145,21 @@ def finest_base(results: Results, run: str | None = None) -> Row | None:
 
 
 def by_curve(results: Results) -> dict[str, dict[int, Row]]:
-    """Returns one row for each curve and step count.
+    """Returns one row for each curve and step count, by the name of the curve.
 
-    Those with as many samples as the row of finest_base if possible, otherwise with the most,
+    The name has the run in front if another run has a curve of that name.
+
+    Rows with as many samples as the row of finest_base if possible, otherwise with the most,
     because distances fall with the number of samples.
     """
     finest = finest_base(results)
     wanted = 0 if finest is None else finest.quality.count
+    runs: dict[str, set[str]] = defaultdict(set)
+    for row in results.rows:
+        runs[row.curve].add(row.run)
     curves: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in sorted(results.rows, key=lambda r: (r.quality.count == wanted, r.quality.count)):
         if row.steps is not None:
-            curves[row.curve][row.steps] = row
+            name = f"{row.run}: {row.curve}" if len(runs[row.curve]) > 1 else row.curve
+            curves[name][row.steps] = row
     return curves

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import distill
 import train
@@ -250,6 +251,35 @@ def test_methods_are_compared_at_every_step_count(run_sweep, teacher, tmp_path, 
     assert calls_of("consistency", "1") == 3
     stages = json.loads((tmp_path / "out/progressive/plan.json").read_text())["stages"]
     assert stages[1]["updates"] == pytest.approx(2 * stages[0]["updates"], abs=1)
+    results = {
+        path.parent.name: json.loads(path.read_text())["rows"]
+        for path in (tmp_path / "out").glob("*/result.json")
+    }
+    points = {
+        name: {point[0] for point in points} for name, points in sweep.curves_of(results).items()
+    }
+    assert points == {"teacher": {4}, "progressive": {2, 1}, "adaptive": {1}, "consistency": {2, 1}}
+    assert sweep.curves_of({"adaptive": results["adaptive"]}) == {}, "one step count is no curve"
+    with Image.open(tmp_path / "out/distances.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_base_model_that_teaches_is_measured_in_its_default_steps(run_sweep, tmp_path, capsys):
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(tiny()))
+    assert train.main(["--config_path", str(config), "--output", str(run)]) == 0
+    common = [item for item in SWEEPS["methods"].common if "batch_size" not in item]
+    values = {"common": common, "variants": {"progressive": ["distillation.ladder=[4,2]"]}}
+    capsys.readouterr()
+    given = ("methods", "--checkpoint", str(run / "diffusion-4.pt"))
+    assert run_sweep(*given, **values, steps=(2,)) == 0
+    _, rows = cells(capsys.readouterr().out)
+    assert [(row["variant"], row["steps"]) for row in rows] == [
+        ("teacher", "8"),
+        ("progressive", "2"),
+    ]
+    assert float(rows[0]["distance to the teacher's samples"]) == 0
+    assert float(rows[1]["distance to the teacher's samples"]) > 0, "to those of 4 steps"
 
 
 def test_networks_are_compared_with_their_ladders(run_sweep, capsys):

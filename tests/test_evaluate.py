@@ -167,14 +167,14 @@ def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
         row("student", 4, 500, 4.0, name="s-4-steps"),
         row("student", 1, 500, 6.0, name="s-1-step"),
         row("student", 8, 200, 2.0, name="s-wide-8-steps, bf16"),
-        row("student", 8, 200, 5.0, name="student-8", run="other"),
-        replace(row("student", 4, 200, 8.0, name="student-4", run="other"), base_run="r"),
+        row("student", 8, 200, 5.0, name="s-8-steps", run="other"),
+        replace(row("student", 4, 200, 8.0, name="s-4-steps", run="other"), base_run="r"),
     ]
     said, _, *table = summary(Results("digits", {}, rows)).splitlines()
     assert said.endswith("a student's over that of its base model in 1024 steps of DDIM:")
     assert table[0] == (
-        "| steps | other: student, distilled | r: s, distilled | r: s-wide, bf16, distilled "
-        "| r: e, ddim | r: t, ancestral | r: t, ddim |"
+        "| steps | other: s, distilled | r: s, distilled | s-wide, bf16, distilled "
+        "| e, ddim | t, ancestral | t, ddim |"
     )
     assert table[2:] == [
         "| 1024 |  |  |  | 8.000 ± 0.100 |  | 2.000 ± 0.100 |",
