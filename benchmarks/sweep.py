@@ -341,11 +341,12 @@ def table(sweep: Sweep, results: dict[str, Rows]) -> str:
 
 def curves_of(results: dict[str, Rows]) -> dict[str, list[tuple[int, float, float]]]:
     """The distances of variants by steps, and their intervals; none if all have as many steps."""
-    curves = {
-        name: [(row["steps"], row["frechet"], row["interval"]) for row in rows]
-        for name, rows in results.items()
-        if rows and len({row["sampler"] for row in rows}) == 1
-    }
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    for name, rows in results.items():
+        alone = len({row["sampler"] for row in rows}) == 1
+        for row in rows:
+            title = name if alone else f"{name}, {row['sampler']}"
+            curves.setdefault(title, []).append((row["steps"], row["frechet"], row["interval"]))
     return curves if len({point[0] for points in curves.values() for point in points}) > 1 else {}
 
 

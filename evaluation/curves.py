@@ -82,9 +82,9 @@ def plot_distances(
     little, so that their intervals do not cover each other.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
     axes = figure.subplots()
     for number, (title, points) in enumerate(curves.items()):
         steps, distances, intervals = zip(*sorted(points), strict=True)
@@ -105,6 +105,9 @@ def plot_distances(
     axes.set_xticks(sorted({steps for points in curves.values() for steps, *_ in points}))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")  # it would hide points inside
     save_figure(path, figure)
