@@ -17,7 +17,7 @@ help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil, measure (hours)'
-	@echo 'make tract        a part of it: students of two steps and one straight from the teacher (an hour)'
+	@echo 'make tract        a part of it: a student of two steps straight from the teacher (half an hour)'
 	@echo 'make adversarial  a part of it: students that are drawn towards the data as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
 	@echo 'make evaluate     a part of it: measure the published weights (an hour)'
@@ -79,13 +79,12 @@ results: $(VENV)/.installed-dev
 	$(MAKE) half_width
 	$(MAKE) evaluate
 
-# Students of two steps and of one in a single stage each. TRACT's targets come from the student itself.
+# A student of two steps in a single stage.
 TRACT = output/distilled/mnist_tract
-BY_TRACT = distill.py --config_path configs/mnist_tract.yaml --teacher_model_checkpoint $(call PUBLISHED,teacher) --output
 tract: $(VENV)/.installed-dev
-	$(RANKS) $(BY_TRACT) $(TRACT)_2 --set distillation.ladder=[64,2] $(ENGINE)
-	$(RANKS) $(BY_TRACT) $(TRACT)_1 --set distillation.ladder=[64,1] $(ENGINE)
-	$(PUBLISH) $(TRACT)_2/student-2.pt $(TRACT)_1/student-1.pt --name mnist-tract
+	$(RANKS) distill.py --config_path configs/mnist_tract.yaml --teacher_model_checkpoint $(call PUBLISHED,teacher) \
+		--output $(TRACT) --set $(ENGINE)
+	$(PUBLISH) $(TRACT)/student-2.pt --name mnist-tract
 
 # The ladder's students, drawn towards the data by an adversarial term as well. Where a student stays what it is, and
 # is there only as the next one's teacher, it gets a single update.
@@ -115,7 +114,8 @@ half_width: $(VENV)/.installed-dev
 # 5,000 images of each; of 2,000, as a distance falls with their number, also other samplers and numbers of steps.
 # Each call adds its rows to those of the ones before, and draws no image twice.
 MEASURED = $(call PUBLISHED,teacher) $(wildcard pretrained/mnist-[1248]-step*.safetensors \
-	pretrained/mnist-adversarial-*.safetensors pretrained/mnist-half-width-*.safetensors pretrained/mnist-tract-*.safetensors)
+	pretrained/mnist-tract-*.safetensors pretrained/mnist-adversarial-*.safetensors \
+	pretrained/mnist-half-width-*.safetensors)
 evaluate: $(VENV)/.installed
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 5000
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 1 2 4 8 16 32 64 128 --count 2000

@@ -28,6 +28,7 @@ def students(name, *steps):
 
 
 PATHS = students("mnist", 8, 4, 2, 1)
+TRACT = students("mnist-tract", 2)
 ADVERSARIAL = students("mnist-adversarial", 4, 2, 1)
 HALF_WIDTH = students("mnist-half-width", 8, 1)
 BY_CLASS = students("mnist-by-class", 8, 1)
@@ -46,7 +47,7 @@ def row_of(results, path, steps, count):
 
 
 def test_the_files_are_small_and_the_students_one_ladder():
-    groups = (PATHS, ADVERSARIAL, HALF_WIDTH, BY_CLASS)
+    groups = (PATHS, TRACT, ADVERSARIAL, HALF_WIDTH, BY_CLASS)
     named = {path for group in groups for path in group.values()}
     named |= {TEACHER, PRETRAINED / "mnist-by-class-teacher.safetensors"}
     assert named == set(PRETRAINED.glob("*.safetensors"))
@@ -80,7 +81,7 @@ def test_the_guided_students_draw_the_digit_that_is_asked_for():
 
 
 GROUND = {  # the most of quality.ground: the share of faint pixels, and how far the border is off
-    **dict.fromkeys(PATHS.values(), (0.05, 0.1)),
+    **dict.fromkeys([*PATHS.values(), *TRACT.values()], (0.05, 0.1)),
     **dict.fromkeys(ADVERSARIAL.values(), (0.15, 0.4)),
     HALF_WIDTH[8]: (0.05, 0.1),
     HALF_WIDTH[1]: (0.05, 0.4),
@@ -114,6 +115,17 @@ def test_with_the_adversarial_term_students_are_nearer_to_the_data(results, step
     assert student.config.distillation.losses == {"snr_trunc": 0.3, "adversarial": 0.3}
 
 
+@pytest.mark.parametrize("steps", list(TRACT))
+def test_tract_straight_from_the_teacher_is_better_than_the_ladder(results, steps):
+    """By the stored results, from the same noise."""
+    straight, ladder = (row_of(results, paths[steps], steps, 5000) for paths in (TRACT, PATHS))
+    assert straight.quality.frechet < 0.8 * ladder.quality.frechet
+    student = load_checkpoint(TRACT[steps])
+    assert student.config.distillation.method == "tract"
+    assert student.config.distillation.steps() == (64, steps)
+    assert student.lineage["teacher"] == digest(load_checkpoint(TEACHER).weights)
+
+
 def test_sample_py_draws_digits_of_the_eight_step_student(tmp_path):
     path, out = str(PATHS[8]), tmp_path / "digits.npz"
     assert sample.main(["--checkpoint", path, "--count", "100", "--output", str(out)]) == 0
@@ -131,7 +143,7 @@ def test_readme_and_the_page_show_the_stored_results(results):
 
 
 def test_the_stored_results_are_of_the_published_weights(results):
-    named = [TEACHER, *PATHS.values(), *ADVERSARIAL.values(), *HALF_WIDTH.values()]
+    named = [TEACHER, *PATHS.values(), *TRACT.values(), *ADVERSARIAL.values(), *HALF_WIDTH.values()]
     published = {path.stem: load_checkpoint(path) for path in named}
     gallery = Gallery(Path(), World(torch.device("cpu")), seed=0, batch_size=1)
     ours = [row for row in results.rows if row.kind in ("base", "student")]
