@@ -68,6 +68,7 @@ CLEAN = configs/mnist_clean.yaml
 TEACHER = output/mnist_clean/diffusion-8000.pt
 LADDER = output/distilled/mnist_clean
 HALF = output/distilled/mnist_half_width
+PUBLISHED = pretrained/mnist-$(1).safetensors
 PUBLISH = $(BIN)/python -m tools.publish --half --output pretrained --checkpoint
 results: $(VENV)/.installed-dev
 	$(RANKS) train.py --config_path configs/mnist_small.yaml --set $(ENGINE)
@@ -88,7 +89,6 @@ tract: $(VENV)/.installed-dev
 
 # The ladder's students, drawn towards the data by an adversarial term as well. Where a student stays what it is, and
 # is there only as the next one's teacher, it gets a single update.
-PUBLISHED = pretrained/mnist-$(1).safetensors
 AS_WELL = output/distilled/adversarial
 ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set \
 	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 \
