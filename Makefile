@@ -17,7 +17,7 @@ help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil, measure (hours)'
-	@echo 'make tract        a part of it: a student of two steps straight from the teacher (half an hour)'
+	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (an hour and a half)'
 	@echo 'make adversarial  a part of it: students that are drawn towards the data as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
 	@echo 'make evaluate     a part of it: measure the published weights (an hour)'
@@ -80,27 +80,43 @@ results: $(VENV)/.installed-dev
 	$(MAKE) half_width
 	$(MAKE) evaluate
 
-# A student of two steps in a single stage.
+# Students of 8, 4 and 2 steps straight from the teacher, that of 2 with the weights of the one of 4 to begin with, and
+# one of a single step from that of 2.
 TRACT = output/distilled/mnist_tract
+OF_TRACT = $(RANKS) distill.py --config_path configs/mnist_tract.yaml
+STRAIGHT = $(OF_TRACT) --teacher_model_checkpoint $(call PUBLISHED,teacher)
 tract: $(VENV)/.installed-dev
-	$(RANKS) distill.py --config_path configs/mnist_tract.yaml --teacher_model_checkpoint $(call PUBLISHED,teacher) \
-		--output $(TRACT) --set $(ENGINE)
-	$(PUBLISH) $(TRACT)/student-2.pt --name mnist-tract
+	$(STRAIGHT) --output $(TRACT)_8 --set $(ENGINE)
+	$(STRAIGHT) --output $(TRACT)_4 --set $(ENGINE) distillation.ladder=[128,4]
+	$(STRAIGHT) --output $(TRACT)_2 --set $(ENGINE) distillation.ladder=[128,2] distillation.updates_per_stage=6400 \
+		--initialise $(TRACT)_4/student-4.pt
+	$(OF_TRACT) --teacher_model_checkpoint $(TRACT)_2/student-2.pt --output $(TRACT)_1 --set $(ENGINE) \
+		distillation.ladder=[2,1] distillation.method=progressive distillation.updates_per_stage=4800
+	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
 
-# The ladder's students, drawn towards the data by an adversarial term as well. Where a student stays what it is, and
-# is there only as the next one's teacher, it gets a single update.
+# Students drawn towards the data by an adversarial term as well: those of 8, 4 and 2 steps of TRACT, kept close to their
+# teacher, and that of one of the ladder. Where a student stays what it is, and is there only as the next one's teacher,
+# it gets a single update.
 AS_WELL = output/distilled/adversarial
+CLOSE = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set $(ENGINE) \
+	distillation.method=tract distillation.grid=adaptive distillation.batch_size=32 distillation.learning_rate=1.0e-4 \
+	distillation.time_exponent=2.0 distillation.ema_decay=0.998 distillation.warmup=100 \
+	"distillation.losses={snr_trunc: 3.0, adversarial: 0.3}" distillation.checkpoint_every=100
 ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set \
 	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 \
 	distillation.time_exponent=3.0 distillation.ema_decay=0.998 distillation.checkpoint_every=50 $(ENGINE)
 adversarial: $(VENV)/.installed-dev
+	$(CLOSE) distillation.ladder=[128,8] distillation.updates_per_stage=1000 --output $(AS_WELL)_8 \
+		--initialise $(call PUBLISHED,tract-8-steps)
+	$(CLOSE) "distillation.losses={snr_trunc: 4.0, adversarial: 0.3}" distillation.ladder=[128,4] \
+		distillation.updates_per_stage=900 --output $(AS_WELL)_4 --initialise $(call PUBLISHED,tract-4-steps)
+	$(CLOSE) distillation.ladder=[128,2] distillation.updates_per_stage=900 --output $(AS_WELL)_2 \
+		--initialise $(call PUBLISHED,tract-2-steps)
 	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,500,800] \
 		distillation.warmup=60 distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] --output $(AS_WELL) \
 		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,$(call PUBLISHED,$(n)))
-	$(ADVERSARIAL) distillation.ladder=[64,8,4] distillation.updates_per_stage=[1,800] \
-		distillation.warmup=200 distillation.learning_rate=[1.0e-4,2.0e-4] --output $(AS_WELL)_4 \
-		--initialise $(foreach n,8-steps 4-steps,$(call PUBLISHED,$(n)))
-	$(PUBLISH) $(AS_WELL)_4/student-4.pt $(AS_WELL)/student-2.pt $(AS_WELL)/student-1.pt --name mnist-adversarial
+	$(PUBLISH) $(AS_WELL)_8/student-8.pt $(AS_WELL)_4/student-4.pt $(AS_WELL)_2/student-2.pt $(AS_WELL)/student-1.pt \
+		--name mnist-adversarial
 
 # Students with half the channels: distilled from the one of 8 steps; that of one step with the adversarial term as well.
 half_width: $(VENV)/.installed-dev

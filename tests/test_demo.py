@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 MANIFEST = json.loads((DEMO / "models" / "manifest.json").read_text())
 PRETRAINED = {
     "teacher": "mnist-teacher",
-    "student-8": "mnist-8-steps",
+    "student-8": "mnist-adversarial-8-steps",
     "student-4": "mnist-adversarial-4-steps",
     "student-2": "mnist-adversarial-2-steps",
     "student-1": "mnist-adversarial-1-step",

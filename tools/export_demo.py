@@ -18,7 +18,7 @@ FORMAT = "progressive-distillation demo"
 FORMAT_VERSION = 1
 PRETRAINED = (
     "teacher",
-    "8-steps",
+    "adversarial-8-steps",
     "adversarial-4-steps",
     "adversarial-2-steps",
     "adversarial-1-step",
