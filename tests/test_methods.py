@@ -15,7 +15,7 @@ import evaluate
 import sample
 import train
 from diffusion.distillation import METHODS, distillation_loss
-from diffusion.grids import uniform_grid
+from diffusion.grids import positions, uniform_grid
 from diffusion.losses import weighted_sum
 from evaluation.comparison import plan_jobs
 from evaluation.gallery import Gallery, RealImages, real_images
@@ -571,16 +571,18 @@ def test_a_student_of_the_same_teacher_at_other_steps_is_another_student(
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.safetensors")), ids=str)
-def test_published_students_have_the_uniform_grid_and_ddim(path):
-    """That of their own step count, although a stage of theirs may take four steps in one."""
+def test_published_students_have_levels_of_their_teacher_and_ddim(path):
+    """A uniform grid of their own step count, or an adaptive part of the teacher's 128 steps."""
     checkpoint = load_checkpoint(path)
     steps = re.search(r"-(\d+)-steps?$", path.stem)
     if steps is None:
         assert (checkpoint.num_steps, checkpoint.sampler) == (None, None)
         return
-    schedule = build_schedule(checkpoint.config)
-    assert torch.equal(checkpoint.levels(), uniform_grid(schedule, int(steps[1])))
-    assert checkpoint.sampler == "ddim"
+    schedule, count = build_schedule(checkpoint.config), int(steps[1])
+    assert (checkpoint.num_steps, checkpoint.sampler) == (count, "ddim")
+    uniform = torch.equal(checkpoint.levels(), uniform_grid(schedule, count))
+    assert uniform == (checkpoint.config.distillation.grid == "uniform" or count == 1)
+    assert uniform or positions(uniform_grid(schedule, 128), checkpoint.levels())[-1] == 128
 
 
 # --- two processes --------------------------------------------------------------------------------
