@@ -1,6 +1,6 @@
 """Entry points for torch.hub, which import from this repository only: see pipeline/api.py.
 
-torch.hub.load(FOLDER, "mnist", steps=8, source="local") returns a function: sample(64, seed=0) ->
+torch.hub.load(FOLDER, "mnist", steps=2, source="local") returns a function: sample(64, seed=0) ->
 uint8 images (64, 1, 32, 32). The repository's packages are imported under their own names (models,
 utils, ..), so that a program with packages of the same names should load this one in a process of
 its own.
@@ -25,13 +25,17 @@ dependencies = ["torch", "einops", "jaxtyping", "numpy", "PIL", "pydantic", "saf
 dependencies += ["tqdm", "yaml"]
 
 
-def mnist(steps: int | None = None, device: str | None = None) -> _api.Sampler:
+def mnist(
+    steps: int | None = None, device: str | None = None, kind: str = "adversarial"
+) -> _api.Sampler:
     """Returns a sampler of the released MNIST weights: sample(64, seed=0) -> (64, 1, 32, 32).
 
     steps: 1, 2, 4 or 8 for the student of so many; more for the teacher in so many DDIM steps;
-    None for the teacher in its own number. device: by default a GPU if there is one.
+    None for the teacher in its own number. device: by default a GPU if there is one. kind: which
+    students, by their file names: "adversarial", "tract", "half-width", "by-class", or "" for those
+    by halving.
     """
-    return _api.load_published(_ROOT / "pretrained", "mnist", steps, device)
+    return _api.load_published(_ROOT / "pretrained", "mnist", steps, device, kind)
 
 
 def load(

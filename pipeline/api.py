@@ -81,24 +81,28 @@ def load_sampler(
 
 
 def load_published(
-    folder: Path, name: str, steps: int | None = None, device: str | None = None
+    folder: Path, name: str, steps: int | None = None, device: str | None = None, kind: str = ""
 ) -> Sampler:
     """Returns a Sampler of the weights that tools/publish.py wrote into the folder.
 
     steps: those of a student, or more than any student has: the teacher in so many DDIM steps;
-    None for the teacher in its own number. Raises InputError that lists the students.
+    None for the teacher in its own number. kind: what the students' file names have between name
+    and steps. Raises InputError that lists the kinds, or the students.
     """
-    students = {
-        int(found[1]): path
-        for path in folder.glob(f"{name}-*.safetensors")
-        if (found := re.fullmatch(r"(\d+)-steps?", path.stem.removeprefix(f"{name}-")))
-    }
+    kinds: dict[str, dict[int, Path]] = {}
+    for path in folder.glob(f"{name}-*.safetensors"):
+        if found := re.fullmatch(r"(?:(.+)-)?(\d+)-steps?", path.stem.removeprefix(f"{name}-")):
+            kinds.setdefault(found[1] or "", {})[int(found[2])] = path
+    if kind not in kinds:
+        raise InputError(f"kind: {kind!r}; {name} has {', '.join(map(repr, sorted(kinds)))}")
+    students = kinds[kind]
     if steps in students:
         return load_sampler(students[steps], device=device)
-    most = max(students, default=0)
-    if steps is not None and steps <= most:
+    if steps is not None and steps <= max(students):
         raise InputError(
             f"steps: {steps}; {name} has students of {', '.join(map(str, sorted(students)))} "
-            f"steps; for its teacher take None, or more than {most}"
+            f"steps; for its teacher take None, or more than {max(students)}"
         )
-    return load_sampler(folder / f"{name}-teacher.safetensors", steps, device)
+    own = folder / f"{name}-{kind}-teacher.safetensors"
+    teacher = own if own.exists() else folder / f"{name}-teacher.safetensors"
+    return load_sampler(teacher, steps, device)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 EIGHT = ROOT / "pretrained" / "mnist-8-steps.safetensors"
 TEACHER = ROOT / "pretrained" / "mnist-teacher.safetensors"
+TWO = ROOT / "pretrained" / "mnist-adversarial-2-steps.safetensors"
 
 
 def expected(path, count, seed=0, **settings):
@@ -56,7 +57,7 @@ def test_the_three_lines_of_the_readme_run_in_another_folder(tmp_path):
     code += "torch.save(images, 'images.pt')\nimport sys\nprint(*sorted(sys.modules))"
     out, error = elsewhere(code, tmp_path)
     images = torch.load(tmp_path / "images.pt", weights_only=True)
-    assert torch.equal(images, expected(EIGHT, 64))
+    assert torch.equal(images, expected(TWO, 64))
     assert error == ""
     slow = {"matplotlib", "torchvision", "tensorboard", "diffusers", "msgpack", "torch_fidelity"}
     assert slow & set(out.split()) == set()
@@ -141,6 +142,20 @@ def test_the_steps_choose_the_file():
     for steps in (3, 0, -1):
         with pytest.raises(InputError, match=rf"steps: {steps}; .* 1, 2, 4, 8 steps"):
             load_published(ROOT / "pretrained", "mnist", steps)
+
+
+def test_the_kind_chooses_the_students_and_their_teacher():
+    folder = ROOT / "pretrained"
+    sampler = load_published(folder, "mnist", 8, "cpu", kind="half-width")
+    assert torch.equal(sampler(2), expected(folder / "mnist-half-width-8-steps.safetensors", 2))
+    assert load_published(folder, "mnist", kind="half-width").checkpoint.config.model.channels == 32
+    teacher = load_published(folder, "mnist", kind="by-class")
+    assert teacher.checkpoint.config.model.num_classes == 10
+    with pytest.raises(InputError, match="steps: 4; mnist has students of 1, 8 steps"):
+        load_published(folder, "mnist", 4, kind="half-width")
+    kinds = "'', 'adversarial', 'by-class', 'half-width', 'tract'"
+    with pytest.raises(InputError, match=f"kind: 'best'; mnist has {kinds}"):
+        load_published(folder, "mnist", 4, kind="best")
 
 
 def test_the_images_are_those_of_sample_py_one_by_one():
