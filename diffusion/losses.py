@@ -78,6 +78,17 @@ SQUARED_ERRORS: dict[str, Loss] = {
 }
 
 
+HUBER = 0.00054  # c over the root of the number of dimensions (Song & Dhariwal 2023, section 3.3)
+
+
+def pseudo_huber(example: Example) -> Float[Tensor, "b"]:
+    """sqrt(s + c^2) - c of s = snr_trunc (Song & Dhariwal 2023, section 3.3, where s = mse_x).
+
+    Almost the root: an image that the student cannot draw well pulls no harder than the others.
+    """
+    return (snr_trunc(example) + HUBER**2).sqrt() - HUBER
+
+
 def perceptual(example: Example) -> Float[Tensor, "b"]:
     """The distance of x_hat to its target in random features, as LPIPS measures it in trained ones.
 
@@ -118,7 +129,12 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-LOSSES: dict[str, Loss] = {**SQUARED_ERRORS, "perceptual": perceptual, "energy": energy}
+LOSSES: dict[str, Loss] = {
+    **SQUARED_ERRORS,
+    "pseudo_huber": pseudo_huber,
+    "perceptual": perceptual,
+    "energy": energy,
+}
 ADVERSARIAL = "adversarial"  # the name of a term that is trained itself: diffusion/adversarial.py
 
 

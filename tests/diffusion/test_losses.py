@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.gaussian import Prediction, diffuse, eps_from_x
-from diffusion.losses import LOSSES, SQUARED_ERRORS, Example, energy, perceptual, weighted_sum
+from diffusion.losses import (
+    LOSSES,
+    SQUARED_ERRORS,
+    Example,
+    energy,
+    perceptual,
+    pseudo_huber,
+    weighted_sum,
+)
 from diffusion.objectives import denoising_loss
 from tests.toys import STUDENTS
 
@@ -27,6 +35,21 @@ def test_a_loss_is_its_weight_times_the_squared_error_of_x(name, level, seed):
     expected = WEIGHTS[name](logsnr.exp()) * (x_hat - x).square().mean((1, 2, 3))
     loss = LOSSES[name](Example(prediction, target, x, logsnr, end=logsnr))
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(st.floats(-10, 10), st.floats(1e-9, 2), st.integers(0, 2**31))
+def test_the_pseudo_huber_loss_is_a_root_that_is_smooth_at_zero(level, scale, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x, error = torch.randn(2, 4, 1, 3, 3, generator=rng, dtype=torch.float64)
+    logsnr = torch.full((4,), level, dtype=torch.float64)
+    x_hat = (x + scale * error).requires_grad_()
+    eps, eps_hat = (-(logsnr / 2).exp().reshape(-1, 1, 1, 1) * y for y in (x, x_hat))
+    loss = pseudo_huber(Example(Prediction(x_hat, eps_hat), Prediction(x, eps), x, logsnr, logsnr))
+    s = max(1.0, logsnr.exp()[0].item()) * (scale * error).square().mean((1, 2, 3))
+    # (loss + c)^2 = s + c^2, c = 0.00054
+    torch.testing.assert_close(loss.square() + 0.00108 * loss, s, rtol=1e-6, atol=1e-14)
+    loss.sum().backward()
+    assert x_hat.grad.isfinite().all()
 
 
 def test_the_denoising_loss_is_the_error_at_z_t():
@@ -109,7 +132,7 @@ def test_the_energy_distance_is_the_formula_over_pairs_of_different_images():
     assert (energy(example(x_hat, x, torch.arange(4) == 2)) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["energy", "perceptual"])
+@pytest.mark.parametrize("name", ["energy", "perceptual", "pseudo_huber"])
 @pytest.mark.parametrize("size", [8, 32])
 def test_feature_losses_have_finite_gradients_where_images_are_equal(name, size):
     x = torch.randn(3, 3, size, size)
