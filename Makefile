@@ -17,7 +17,7 @@ help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil, measure (hours)'
-	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (an hour and a half)'
+	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (two hours)'
 	@echo 'make adversarial  a part of it: students that are drawn towards the data as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
 	@echo 'make evaluate     a part of it: measure the published weights (an hour)'
@@ -81,18 +81,24 @@ results: $(VENV)/.installed-dev
 	$(MAKE) evaluate
 
 # Students of 8, 4 and 2 steps straight from the teacher, that of 2 with the weights of the one of 4 to begin with, and
-# one of a single step from that of 2.
+# one of a single step from that of 2, at last with the pseudo-Huber loss.
 TRACT = output/distilled/mnist_tract
 OF_TRACT = $(RANKS) distill.py --config_path configs/mnist_tract.yaml
 STRAIGHT = $(OF_TRACT) --teacher_model_checkpoint $(call PUBLISHED,teacher)
+HALVED = $(OF_TRACT) --teacher_model_checkpoint $(TRACT)_2/student-2.pt --set $(ENGINE) distillation.ladder=[2,1] \
+	distillation.method=progressive
+HUBER = "distillation.losses={pseudo_huber: 1.0}"
 tract: $(VENV)/.installed-dev
 	$(STRAIGHT) --output $(TRACT)_8 --set $(ENGINE)
 	$(STRAIGHT) --output $(TRACT)_4 --set $(ENGINE) distillation.ladder=[128,4]
 	$(STRAIGHT) --output $(TRACT)_2 --set $(ENGINE) distillation.ladder=[128,2] distillation.updates_per_stage=6400 \
 		--initialise $(TRACT)_4/student-4.pt
-	$(OF_TRACT) --teacher_model_checkpoint $(TRACT)_2/student-2.pt --output $(TRACT)_1 --set $(ENGINE) \
-		distillation.ladder=[2,1] distillation.method=progressive distillation.updates_per_stage=4800
-	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
+	$(HALVED) distillation.updates_per_stage=4800 --output $(TRACT)_1
+	$(HALVED) $(HUBER) distillation.updates_per_stage=3000 distillation.learning_rate=1.5e-4 --output $(TRACT)_1_more \
+		--initialise $(TRACT)_1/student-1.pt
+	$(HALVED) $(HUBER) distillation.updates_per_stage=4500 --output $(TRACT)_1_most \
+		--initialise $(TRACT)_1_more/student-1.pt
+	$(PUBLISH) $(foreach n,8 4 2,$(TRACT)_$(n)/student-$(n).pt) $(TRACT)_1_most/student-1.pt --name mnist-tract
 
 # Students drawn towards the data by an adversarial term as well: those of 8, 4 and 2 steps of TRACT, kept close to their
 # teacher, and that of one of the ladder. Where a student stays what it is, and is there only as the next one's teacher,
@@ -108,8 +114,8 @@ ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,te
 adversarial: $(VENV)/.installed-dev
 	$(CLOSE) distillation.ladder=[128,8] distillation.updates_per_stage=1000 --output $(AS_WELL)_8 \
 		--initialise $(call PUBLISHED,tract-8-steps)
-	$(CLOSE) "distillation.losses={snr_trunc: 4.0, adversarial: 0.3}" distillation.ladder=[128,4] \
-		distillation.updates_per_stage=900 --output $(AS_WELL)_4 --initialise $(call PUBLISHED,tract-4-steps)
+	$(CLOSE) distillation.ladder=[128,4] distillation.updates_per_stage=1000 --output $(AS_WELL)_4 \
+		--initialise $(call PUBLISHED,tract-4-steps)
 	$(CLOSE) distillation.ladder=[128,2] distillation.updates_per_stage=900 --output $(AS_WELL)_2 \
 		--initialise $(call PUBLISHED,tract-2-steps)
 	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,500,800] \

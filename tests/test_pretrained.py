@@ -112,15 +112,15 @@ def test_with_the_adversarial_term_students_are_nearer_to_the_data(results, step
     assert with_term.quality.frechet < 0.8 * without.quality.frechet
     assert with_term.quality.recall > without.quality.recall - 0.03
     assert with_term.quality.confident > without.quality.confident
-    student, close = load_checkpoint(ADVERSARIAL[steps]), {8: 3.0, 4: 4.0, 2: 3.0, 1: 0.3}[steps]
+    student, close = load_checkpoint(ADVERSARIAL[steps]), 3.0 if steps > 1 else 0.3
     assert student.config.distillation.losses == {"snr_trunc": close, "adversarial": 0.3}
 
 
-def test_eight_steps_and_two_with_the_term_are_nearer_to_the_data_than_the_teachers_64(results):
+def test_all_but_one_step_with_the_term_are_nearer_to_the_data_than_the_teachers_64(results):
     teacher = row_of(results, TEACHER, 64, 5000)
     for steps, path in ADVERSARIAL.items():
         student = row_of(results, path, steps, 5000)
-        most = 0.9 if steps in (8, 2) else 1.1
+        most = 0.9 if steps > 1 else 1.1
         assert student.quality.frechet < most * teacher.quality.frechet
         assert student.quality.recall > teacher.quality.recall - 0.03
 
