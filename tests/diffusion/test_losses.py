@@ -134,7 +134,7 @@ def test_the_energy_distance_is_the_formula_over_pairs_of_different_images():
 
 @pytest.mark.parametrize("name", ["energy", "perceptual", "pseudo_huber"])
 @pytest.mark.parametrize("size", [8, 32])
-def test_feature_losses_have_finite_gradients_where_images_are_equal(name, size):
+def test_losses_with_roots_have_finite_gradients_where_images_are_equal(name, size):
     x = torch.randn(3, 3, size, size)
     x_hat = x.clone().requires_grad_()
     LOSSES[name](example(x_hat, x)).sum().backward()
