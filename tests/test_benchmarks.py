@@ -329,6 +329,14 @@ def test_the_error_of_each_step_is_told(few_real_images, tmp_path, capsys):
     assert min(errors) > 0
     assert steps.main([*given, str(base), "--count", "8"]) == 0, "a base model has any number"
     capsys.readouterr()
+    whole = []  # of the student alone, with 1, 2 and 3 images: mean and median
+    for count in ("1", "2", "3"):
+        assert steps.main([*given, str(ladder / "student-4.pt"), "--count", count]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        whole.append([float(value) for value in last.split("|")[-3:-1]])
+    (one, _), (two, _), (three, median) = whole
+    assert median == pytest.approx(sorted([one, 2 * two - one, 3 * three - 2 * two])[1], abs=5e-6)
+    assert median != three
     assert steps.main([*given, str(ladder / "student-2.pt")]) == 2
     assert "not a student of" in capsys.readouterr().err
     copied = tmp_path / "copied.pt"
