@@ -98,7 +98,9 @@ tract: $(VENV)/.installed-dev
 		--initialise $(TRACT)_1/student-1.pt
 	$(HALVED) $(HUBER) distillation.updates_per_stage=4500 --output $(TRACT)_1_most \
 		--initialise $(TRACT)_1_more/student-1.pt
-	$(PUBLISH) $(foreach n,8 4 2,$(TRACT)_$(n)/student-$(n).pt) $(TRACT)_1_most/student-1.pt --name mnist-tract
+	$(HALVED) $(HUBER) distillation.updates_per_stage=5500 --output $(TRACT)_1_last \
+		--initialise $(TRACT)_1_most/student-1.pt
+	$(PUBLISH) $(foreach n,8 4 2,$(TRACT)_$(n)/student-$(n).pt) $(TRACT)_1_last/student-1.pt --name mnist-tract
 
 # Students drawn towards the data by an adversarial term as well: those of 8, 4 and 2 steps of TRACT, kept close to their
 # teacher, and that of one of the ladder. Where a student stays what it is, and is there only as the next one's teacher,
