@@ -20,7 +20,7 @@ help:
 	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (two hours)'
 	@echo 'make adversarial  a part of it: students that are drawn towards the data as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
-	@echo 'make evaluate     a part of it: measure the published weights (an hour)'
+	@echo 'make evaluate     a part of it: measure the published weights (an hour or two)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
@@ -146,7 +146,7 @@ evaluate: $(VENV)/.installed
 	$(EVALUATE) --checkpoint $(call PUBLISHED,teacher) --sampler dpm_solver++ \
 		--steps 1 2 4 8 10 16 20 32 --count 2000
 	$(EVALUATE) --checkpoint $(call PUBLISHED,teacher) --sampler ancestral \
-		--steps 1 2 4 8 16 32 64 128 --count 2000
+		--steps 1 2 4 8 16 32 64 128 1024 --count 2000
 	mkdir -p docs/mnist
 	cp output/evaluation/results.* output/evaluation/distances.png docs/mnist/
 	$(BIN)/python -m tools.race --output docs/race.gif
