@@ -84,7 +84,7 @@ def plot_distances(
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-    figure = Figure(figsize=(9.5, 5), layout="constrained")
+    figure = Figure(figsize=(10.5, 5), layout="constrained")
     axes = figure.subplots()
     for number, (title, points) in enumerate(curves.items()):
         steps, distances, intervals = zip(*sorted(points), strict=True)
@@ -104,6 +104,7 @@ def plot_distances(
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance")
     axes.set_xticks(sorted({steps for points in curves.values() for steps, *_ in points}))
     axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.tick_params(axis="x", labelsize="x-small")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
