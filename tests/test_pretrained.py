@@ -167,8 +167,8 @@ def test_no_model_is_surely_better_than_real_images_and_one_undistilled_step_is_
     floors = {row.quality.count: row.quality.frechet for row in results.rows if row.kind == "floor"}
     models = [row for row in results.rows if row.kind in ("base", "student")]
     for model in models:  # 1024 ancestral steps are as near as real images
-        ours = model.quality
-        assert ours.frechet + ours.frechet_interval > floors[ours.count], model.key
+        quality = model.quality
+        assert quality.frechet + quality.frechet_interval > floors[quality.count], model.key
     count = finest_base(results).quality.count
     ours = [row for row in models if row.quality.count == count and row.sampler == "ddim"]
     assert {row.kind for row in ours} == {"base", "student"}
