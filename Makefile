@@ -18,7 +18,7 @@ help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      the published weights anew: train, distil, measure (hours)'
 	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (hours)'
-	@echo 'make adversarial  a part of it: students that are drawn towards the data as well (an hour or two)'
+	@echo 'make adversarial  a part of it, after make tract: students drawn towards the data as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
 	@echo 'make evaluate     a part of it: measure the published weights (an hour or two)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
