@@ -151,12 +151,13 @@ half_width: $(VENV)/.installed-dev
 		--config_path configs/mnist_half_width.yaml --initialise $(foreach n,8 4 2 1,$(HALF)/student-$(n).pt)
 	$(PUBLISH) $(HALF)/student-8.pt $(HALF)_1/student-1.pt --name mnist-half-width
 
-# 5,000 images of each; of 2,000, as a distance falls with their number, also other samplers and numbers of steps.
-# Each call adds its rows to those of the ones before, and draws no image twice.
+# 10,000 images of each and 5,000, as a distance falls with their number; of 2,000, also other samplers and numbers of
+# steps. Each call adds its rows to those of the ones before, and draws no image twice.
 MEASURED = $(call PUBLISHED,teacher) $(wildcard pretrained/mnist-[1248]-step*.safetensors \
 	pretrained/mnist-tract-*.safetensors pretrained/mnist-adversarial-*.safetensors \
 	pretrained/mnist-half-width-*.safetensors)
 evaluate: $(VENV)/.installed
+	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 10000
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 5000
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 1 2 4 8 16 32 50 64 100 128 --count 2000
 	$(EVALUATE) --checkpoint $(call PUBLISHED,teacher) --sampler dpm_solver++ \
