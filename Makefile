@@ -16,7 +16,7 @@ EVALUATE = $(RANKS) evaluate.py --output output/evaluation
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
-	@echo 'make results      the published weights anew: train, distil, measure (hours)'
+	@echo 'make results      a teacher and its students from nothing: train, distil, measure (hours; LONG=1: as the published ones)'
 	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (hours)'
 	@echo 'make adversarial  a part of it, after make tract: students drawn towards the data as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
@@ -80,34 +80,33 @@ results: $(VENV)/.installed-dev
 	$(MAKE) half_width
 	$(MAKE) evaluate
 
-# Students of 8, 4 and 2 steps straight from the teacher, that of 2 with the weights of the one of 4 to begin with, and
-# one of a single step from that of 2, at last with the pseudo-Huber loss. Those of 8 and 4 have four parts: as many
-# updates again, larger batches, and at last a grid with more noisy steps. Large batches are for a GPU.
-TRACT = output/distilled/mnist_tract
+# Students of 8, 4 and 2 steps straight from the teacher, each with the weights of the one before to begin with, and
+# one of a single step from that of 2, with the pseudo-Huber loss. LONG=1 shows them five times as many images, as the
+# published ones were: those of 8 and 4 in four parts, on an adaptive grid until the last. Large batches are for a GPU.
+TRACT = output/distilled/$(if $(LONG),mnist_tract,mnist_straight)
 OF_TRACT = $(RANKS) distill.py --config_path configs/mnist_tract.yaml
 STRAIGHT = $(OF_TRACT) --teacher_model_checkpoint $(call PUBLISHED,teacher)
-LATE = distillation.time_exponent=2.0 distillation.warmup=100
+TO = $(STRAIGHT) --set $(ENGINE) distillation.ladder=[128,$(1)]
 GRID_8 = [1.0,0.9296875,0.859375,0.78125,0.6875,0.5703125,0.4140625,0.21875,0.0]
 GRID_4 = [1.0,0.8515625,0.6875,0.4375,0.0]
+LATE = distillation.time_exponent=2.0 distillation.warmup=100
 define IN_PARTS
-	$(STRAIGHT) --output $(TRACT)_$(1) --set $(ENGINE) distillation.ladder=[128,$(1)]
-	$(STRAIGHT) --output $(TRACT)_$(1)_more --set $(ENGINE) distillation.ladder=[128,$(1)] \
-		distillation.updates_per_stage=7000 --initialise $(TRACT)_$(1)/student-$(1).pt
-	$(STRAIGHT) --output $(TRACT)_$(1)_large --set $(ENGINE) distillation.ladder=[128,$(1)] $(LATE) \
-		distillation.updates_per_stage=2950 distillation.batch_size=256 distillation.learning_rate=4.0e-4 \
-		--initialise $(TRACT)_$(1)_more/student-$(1).pt
-	$(STRAIGHT) --output $(TRACT)_$(1)_noisy --set $(ENGINE) distillation.ladder=[128,$(1)] $(LATE) \
-		distillation.grid=$(GRID_$(1)) distillation.learning_rate=1.5e-4 \
-		--initialise $(TRACT)_$(1)_large/student-$(1).pt
+	$(call TO,$(1)) --output $(TRACT)_$(1)
+	$(call TO,$(1)) distillation.updates_per_stage=7000 --output $(TRACT)_$(1)_more \
+		--initialise $(TRACT)_$(1)/student-$(1).pt
+	$(call TO,$(1)) $(LATE) distillation.updates_per_stage=2950 distillation.batch_size=256 \
+		distillation.learning_rate=4.0e-4 --output $(TRACT)_$(1)_large --initialise $(TRACT)_$(1)_more/student-$(1).pt
+	$(call TO,$(1)) $(LATE) distillation.grid=$(GRID_$(1)) distillation.learning_rate=1.5e-4 \
+		--output $(TRACT)_$(1)_noisy --initialise $(TRACT)_$(1)_large/student-$(1).pt
 endef
 HALVED = $(OF_TRACT) --teacher_model_checkpoint $(TRACT)_2/student-2.pt --set $(ENGINE) distillation.ladder=[2,1] \
 	distillation.method=progressive
 HUBER = "distillation.losses={pseudo_huber: 1.0}"
 tract: $(VENV)/.installed-dev
+ifdef LONG
 	$(call IN_PARTS,8)
 	$(call IN_PARTS,4)
-	$(STRAIGHT) --output $(TRACT)_2 --set $(ENGINE) distillation.ladder=[128,2] distillation.updates_per_stage=6400 \
-		--initialise $(TRACT)_4/student-4.pt
+	$(call TO,2) distillation.updates_per_stage=6400 --output $(TRACT)_2 --initialise $(TRACT)_4/student-4.pt
 	$(HALVED) distillation.updates_per_stage=4800 --output $(TRACT)_1
 	$(HALVED) $(HUBER) distillation.updates_per_stage=3000 distillation.learning_rate=1.5e-4 --output $(TRACT)_1_more \
 		--initialise $(TRACT)_1/student-1.pt
@@ -117,24 +116,35 @@ tract: $(VENV)/.installed-dev
 		--initialise $(TRACT)_1_most/student-1.pt
 	$(PUBLISH) $(foreach n,8 4,$(TRACT)_$(n)_noisy/student-$(n).pt) $(TRACT)_2/student-2.pt \
 		$(TRACT)_1_last/student-1.pt --name mnist-tract
+else
+	$(call TO,8) distillation.grid=$(GRID_8) --output $(TRACT)_8
+	$(call TO,4) distillation.grid=$(GRID_4) distillation.updates_per_stage=5500 --output $(TRACT)_4 \
+		--initialise $(TRACT)_8/student-8.pt
+	$(call TO,2) distillation.updates_per_stage=4500 --output $(TRACT)_2 --initialise $(TRACT)_4/student-4.pt
+	$(HALVED) $(HUBER) distillation.updates_per_stage=6000 --output $(TRACT)_1
+	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
+endif
 
-# Students drawn towards the data by an adversarial term as well: those of 8, 4 and 2 steps of TRACT, the first two as
-# they were after their first part (run make tract before), kept close to their teacher, and that of one of the ladder.
-# Where a student stays what it is, and is there only as the next one's teacher, it gets a single update.
+# Students drawn towards the data by an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract
+# before; with LONG=1 the first two as they were after their first part), kept close to their teacher, and that of one
+# of the ladder. Where a student stays what it is, and is there only as the next one's teacher, it gets a single update.
+ON_GRID_8 = distillation.grid=$(if $(LONG),adaptive,$(GRID_8))
+ON_GRID_4 = distillation.grid=$(if $(LONG),adaptive,$(GRID_4))
 AS_WELL = output/distilled/adversarial
 CLOSE = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set $(ENGINE) \
-	distillation.method=tract distillation.grid=adaptive distillation.batch_size=32 distillation.learning_rate=1.0e-4 \
+	distillation.method=tract distillation.batch_size=32 distillation.learning_rate=1.0e-4 \
 	distillation.time_exponent=2.0 distillation.ema_decay=0.998 distillation.warmup=100 \
-	"distillation.losses={snr_trunc: 3.0, adversarial: 0.3}" distillation.checkpoint_every=100
+	"distillation.losses={snr_trunc: 3.0, adversarial: 0.3}" distillation.checkpoint_every=100 \
+	distillation.ladder=[128,$(1)]
 ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set \
 	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 \
 	distillation.time_exponent=3.0 distillation.ema_decay=0.998 distillation.checkpoint_every=50 $(ENGINE)
 adversarial: $(VENV)/.installed-dev
-	$(CLOSE) distillation.ladder=[128,8] distillation.updates_per_stage=1000 --output $(AS_WELL)_8 \
+	$(call CLOSE,8) $(ON_GRID_8) distillation.updates_per_stage=1000 --output $(AS_WELL)_8 \
 		--initialise $(TRACT)_8/student-8.pt
-	$(CLOSE) distillation.ladder=[128,4] distillation.updates_per_stage=1000 --output $(AS_WELL)_4 \
+	$(call CLOSE,4) $(ON_GRID_4) distillation.updates_per_stage=1000 --output $(AS_WELL)_4 \
 		--initialise $(TRACT)_4/student-4.pt
-	$(CLOSE) distillation.ladder=[128,2] distillation.updates_per_stage=900 --output $(AS_WELL)_2 \
+	$(call CLOSE,2) distillation.grid=adaptive distillation.updates_per_stage=900 --output $(AS_WELL)_2 \
 		--initialise $(call PUBLISHED,tract-2-steps)
 	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,500,800] \
 		distillation.warmup=60 distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] --output $(AS_WELL) \
