@@ -26,7 +26,7 @@ help:
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
 	@echo 'make networks     UNet, transformer and latent UNet, each with its ladder, in equal CPU time (hours)'
-	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour)'
+	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour and a half)'
 	@echo 'make latency      milliseconds an image by model and batch, in PyTorch, ONNX and a browser (minutes)'
 	@echo 'make demo         serve the page in docs/demo: the models in your browser (needs no installation)'
 	@echo 'make gpu          tests and speed on a GPU (about ten minutes; DEVICE=cpu SMALL=1 tries it out)'
@@ -81,8 +81,9 @@ results: $(VENV)/.installed-dev
 	$(MAKE) evaluate
 
 # Students of 8, 4 and 2 steps straight from the teacher, each with the weights of the one before to begin with, and
-# one of a single step from that of 2, with the pseudo-Huber loss. LONG=1 shows them five times as many images, as the
-# published ones were: those of 8 and 4 in four parts, on an adaptive grid until the last. Large batches are for a GPU.
+# one of a single step from that of 2, with the pseudo-Huber loss. LONG=1 trains them as the published ones were, on
+# five times as many images in all: those of 8 and 4 from the teacher's weights and in four parts, on an adaptive grid
+# until the last. Large batches are for a GPU.
 TRACT = output/distilled/$(if $(LONG),mnist_tract,mnist_straight)
 OF_TRACT = $(RANKS) distill.py --config_path configs/mnist_tract.yaml
 STRAIGHT = $(OF_TRACT) --teacher_model_checkpoint $(call PUBLISHED,teacher)

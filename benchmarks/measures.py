@@ -18,7 +18,7 @@ from diffusion.objectives import distillation_objective
 from diffusion.paths import neighbours
 from evaluation import gallery
 from evaluation.features import Extractor, Features, make_extractor
-from evaluation.quality import ground, measure
+from evaluation.quality import background, measure
 from pipeline.build import load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
@@ -109,7 +109,7 @@ class Measurer:
             "without": quality.without,
             "confident": quality.confident,
             "recall": quality.recall,
-            "faint": ground(images)[0],
+            "faint": background(images)[0],
             "to_teacher": distance,
         }
 

@@ -105,7 +105,7 @@ ABLATION = Sweep(
 )
 
 TEACHERS = Sweep(
-    about="outputs and loss weights of a teacher, and the noise that they leave on the ground",
+    about="outputs and loss weights of a teacher, and the noise that they leave in the background",
     base=SMALL,
     common=training(learning_rate_decay="linear", times="stratified", warmup=200),
     variants={

@@ -157,7 +157,7 @@ def within_range(prediction: Prediction, alpha: PerImage, sigma: PerImage) -> Pr
     The gradient of a clipped value passes where it leads back into [-1, 1], and is 0 where it leads
     further out. So a network may predict anything below -1 where the image is certainly black: the
     best clipped x_hat is E[x | z] as before, and it need not hit -1 exactly, which would take more
-    precision than a network has (docs/experiments.md, "Noise on the black ground").
+    precision than a network has (docs/experiments.md, "Noise in the background").
     """
     x = prediction.x
     excess = _Excess.apply(x) if x.requires_grad else x.clamp(-1.0, 1.0) - x

@@ -19,10 +19,10 @@ from evaluation.quality import (
     NEAREST,
     agreement,
     asked_share,
+    background,
     class_shares,
     confident_share,
     flat,
-    ground,
     measure,
     nearest,
     share_nearer,
@@ -87,19 +87,19 @@ class Comparison:
 
     def _real(self, name: str, kind: Literal["floor", "images"], images: Images) -> Row:
         quality = measure(self.extract(images), self.reference)
-        faint, border = self.ground(images)
+        faint, border = self.background(images)
         return Row(name, kind, "", None, quality, faint=faint, border=border)
 
-    def ground(self, images: Images) -> tuple[float | None, float | None]:
-        """Returns the faint pixels and the border of digits (see quality.ground)."""
-        return (None, None) if self.real.training is None else ground(images)
+    def background(self, images: Images) -> tuple[float | None, float | None]:
+        """Returns the faint pixels and the border of digits (see quality.background)."""
+        return (None, None) if self.real.training is None else background(images)
 
     def row_of_files(self, name: str, images: Images) -> Row:
         """Returns the row of images that were read from files."""
         features = self.extract(images)
         row = Row(name, "images", "", None, measure(features, self.reference))
         pixels, nearness = self.memorised(images, features)
-        faint, border = self.ground(images)
+        faint, border = self.background(images)
         row = replace(row, memorised_pixels=pixels, memorised_features=nearness)
         return replace(row, faint=faint, border=border)
 
@@ -131,7 +131,7 @@ class Comparison:
 
         to_teacher, teachers_class = against(partners.teacher)
         to_base, same_class = against(partners.base)
-        faint, border = self.ground(images)
+        faint, border = self.background(images)
         return Row(
             name=job.label,
             kind="base" if job.checkpoint.num_steps is None else "student",

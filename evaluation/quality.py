@@ -135,10 +135,10 @@ FAINT = (1, 30)  # values of pixels, of 255, that are hard to tell from black
 BORDER = 2  # pixels along the edge, which are black in nearly all digits
 
 
-def ground(images: UInt8[Tensor, "n c h w"]) -> tuple[float, float]:
+def background(images: UInt8[Tensor, "n c h w"]) -> tuple[float, float]:
     """Returns the share of faint pixels, and the mean value, of 255, along the edge.
 
-    Of digits on black these measure the noise on the ground, to which features may be sensitive
+    Of digits on black these measure the noise in the background, to which features may be sensitive
     although nobody sees it.
     """
     low, high = FAINT

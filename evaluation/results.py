@@ -44,8 +44,8 @@ class Row:
     most training images. run: the checkpoint's name, which students and their base model share
     unless they were distilled with a YAML of another name; base_run: that of the base model that it
     was compared with; update: how far it was trained.
-    guidance: the weight of classifier-free guidance. faint, border: see quality.ground; of digits
-    alone. source: a digest of what the images depend on.
+    guidance: the weight of classifier-free guidance. faint, border: see quality.background; of
+    digits alone. source: a digest of what the images depend on.
     """
 
     name: str

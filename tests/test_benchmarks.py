@@ -10,10 +10,10 @@ from PIL import Image
 import distill
 import train
 from benchmarks import (
+    background,
     cost,
     diffusers_pipeline,
     gpu,
-    ground,
     latency,
     measures,
     onnx_variants,
@@ -347,24 +347,24 @@ def test_the_error_of_each_step_is_told(few_real_images, tmp_path, capsys):
         assert steps.main([*given, str(copied), "--count", "8"]) == code
 
 
-def test_the_ground_is_measured_along_the_edge(tmp_path, capsys, few_real_images):
+def test_the_background_is_measured_along_the_edge(tmp_path, capsys, few_real_images):
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(tiny()))
     assert train.main(["--config_path", str(config), "--output", str(run)]) == 0
     capsys.readouterr()
     given = ["--checkpoint", str(run / "diffusion-4.pt"), "--count", "8"]
-    assert ground.main([*given, "--steps", "4"]) == 0
+    assert background.main([*given, "--steps", "4"]) == 0
     rows = [line.replace(" ", "")[1:-1].split("|") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows[2:]] == ["1.000", "0.750", "0.500", "0.250", "thesample"]
     assert rows[4][1:3] == ["-0.00", "127.5"], "as much noise as image"
     assert float(rows[2][-1]) == pytest.approx(1, abs=0.1), "pure noise, which hides black"
     assert all(float(row[-2]) > 1 for row in rows[2:]), "an untrained network knows no black"
     black = -torch.ones(1, 1, 8, 8)
-    assert ground.off_black(black) == 0
+    assert background.off_black(black) == 0
     black[..., 2:-2, 2:-2] = 1.0
-    assert ground.off_black(black) == 0, "what is not on the rim does not count"
+    assert background.off_black(black) == 0, "what is not on the rim does not count"
     black[..., 0, 0] += 2 / 255
-    assert ground.off_black(black) == pytest.approx((1 / 48) ** 0.5, rel=1e-3)
+    assert background.off_black(black) == pytest.approx((1 / 48) ** 0.5, rel=1e-3)
 
 
 # --- make gpu -------------------------------------------------------------------------------------

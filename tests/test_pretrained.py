@@ -10,7 +10,7 @@ import evaluate
 import sample
 from evaluation.features import make_extractor
 from evaluation.gallery import Gallery
-from evaluation.quality import class_shares, confident_share, ground
+from evaluation.quality import background, class_shares, confident_share
 from evaluation.results import finest_base, read_results
 from evaluation.tables import summary
 from pipeline.api import load_sampler
@@ -80,7 +80,7 @@ def test_the_guided_students_draw_the_digit_that_is_asked_for():
         assert right.float().mean() >= share
 
 
-GROUND = {  # the most of quality.ground: the share of faint pixels, and how far the border is off
+BACKGROUND = {  # the most of quality.background: the share of faint pixels, and the border
     **dict.fromkeys([*PATHS.values(), *TRACT.values()], (0.05, 0.1)),
     **dict.fromkeys(ADVERSARIAL.values(), (0.15, 0.4)),
     HALF_WIDTH[8]: (0.05, 0.1),
@@ -88,7 +88,7 @@ GROUND = {  # the most of quality.ground: the share of faint pixels, and how far
 }
 
 
-@pytest.mark.parametrize("path", GROUND, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BACKGROUND, ids=lambda path: path.stem)
 def test_the_students_draw_digits_on_black(path):
     student, base = load_checkpoint(path), load_checkpoint(TEACHER)
     assert student.config.diffusion == base.config.diffusion
@@ -96,10 +96,10 @@ def test_the_students_draw_digits_on_black(path):
     drawn = load_sampler(path)(64, seed=0)
     features = make_extractor("digits", torch.device("cpu"))
     assert confident_share(features(drawn).logits) > 0.75
-    for found, most in zip(ground(drawn), GROUND[path], strict=True):
+    for found, most in zip(background(drawn), BACKGROUND[path], strict=True):
         assert found < most  # digits' edges alone are a share of 0.015
     noisy = load_sampler(BY_CLASS[8])(64, seed=0)
-    assert ground(noisy)[0] > 0.2, "those trained without clipping have noise on their ground"
+    assert background(noisy)[0] > 0.2, "those trained without clipping have a noisy background"
 
 
 @pytest.mark.parametrize("steps", list(ADVERSARIAL))

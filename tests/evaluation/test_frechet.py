@@ -9,7 +9,7 @@ from evaluation.frechet import (
     frechet_distance,
     limit_distance,
 )
-from evaluation.quality import ground
+from evaluation.quality import background
 from tests.evaluation.test_quality import features
 
 
@@ -67,11 +67,11 @@ def test_the_limit_is_without_the_bias_of_few_samples():
     assert limit_distance(features(count=64), real) is not None
 
 
-def test_the_ground_is_faint_pixels_and_the_edge():
+def test_the_background_is_faint_pixels_and_the_edge():
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    assert ground(images) == (0.0, 0.0)
+    assert background(images) == (0.0, 0.0)
     images[0, 0, 0, 0] = 30
     images[1, 0, 3, 3] = 31
-    faint, border = ground(images)
+    faint, border = background(images)
     assert faint == pytest.approx(1 / 128)
     assert border == pytest.approx(30 / (2 * (64 - 16)))

@@ -1,4 +1,4 @@
-"""Which noise levels leave noise on the black ground: python -m benchmarks.ground --checkpoint X.
+"""Which noise levels leave noise in the background: python -m benchmarks.background --checkpoint X.
 
 On the pixels along the edge, which are black in the digits: how far x_hat is from black, in levels
 of 255 (root mean square), for noised test images and on the way of the sampler; and how much noise
