@@ -167,7 +167,7 @@ half_width: $(VENV)/.installed-dev
 MEASURED = $(call PUBLISHED,teacher) $(wildcard pretrained/mnist-[1248]-step*.safetensors \
 	pretrained/mnist-tract-*.safetensors pretrained/mnist-adversarial-*.safetensors \
 	pretrained/mnist-half-width-*.safetensors)
-evaluate: $(VENV)/.installed
+evaluate: $(VENV)/.installed-dev
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 10000
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 5000
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 1 2 4 8 16 32 50 64 100 128 --count 2000
@@ -196,18 +196,19 @@ experiments: $(VENV)/.installed
 
 # Two processes share the variants; the second call trains the best ones once more.
 SWEEP = $(BIN)/python -m benchmarks.sweep
+TWICE = $(1) & $(1); first=$$?; wait $$! && exit $$first
 ablation: $(VENV)/.installed
-	$(SWEEP) ablation & $(SWEEP) ablation; wait
-	$(SWEEP) ablation & $(SWEEP) ablation; wait
+	$(call TWICE,$(SWEEP) ablation)
+	$(call TWICE,$(SWEEP) ablation)
 	$(SWEEP) ablation --table
 
 methods: $(VENV)/.installed
-	$(SWEEP) methods & $(SWEEP) methods; wait
+	$(call TWICE,$(SWEEP) methods)
 	$(SWEEP) methods --table
 
 networks: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.train_autoencoder --config_path configs/mnist_autoencoder.yaml
-	$(SWEEP) networks & $(SWEEP) networks; wait
+	$(call TWICE,$(SWEEP) networks)
 	$(SWEEP) networks --table
 
 # A pipeline that the diffusers library trains, and the students that this project makes of it.

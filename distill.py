@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.command import GO_ON, InputError, add_common_arguments, path_name, run_script, say
+from utils.command import (
+    GO_ON,
+    InputError,
+    add_common_arguments,
+    path_name,
+    run_script,
+    say,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from training.stage import Stage
@@ -29,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--teacher_model_checkpoint", type=path_name, required=True, metavar="FILE.pt")
     add("--config_path", type=path_name, metavar="FILE.yaml", help=CONFIG)
     add("--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps")
-    add("--distillation_iterations", type=int, metavar="N", help="stages; each halves the steps")
+    count = whole_number(1, 2**20)
+    add("--distillation_iterations", type=count, metavar="N", help="stages; each halves the steps")
     add("--initialise", nargs="+", default=[], type=path_name, metavar="FILE", help=INITIALISE)
     add_common_arguments(parser)
     return run_script(parser, argv, distill, GO_ON)

@@ -96,8 +96,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.tables import markdown, summary
     from pipeline.checkpoint import load_checkpoint
     from pipeline.codec import open_codec
-    from training.folder import require_no_run
-    from utils.files import make_folder
+    from training.folder import locked, require_no_run
     from utils.processes import World, join_world
 
     output = arguments.output
@@ -131,13 +130,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         # Both raise InputError, before hours of drawing.
         for checkpoint in checkpoints.values():
             open_codec(checkpoint.config.codec, world.device)
-        make_folder(output)
-        known_results(output, extract, real)
-        draw_all(jobs, gallery)
-        if not world.leads:
-            return
-        alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
-        results = measure_all(jobs, files, extract, real, alone, output)
+        with locked(output, world):
+            known_results(output, extract, real)
+            draw_all(jobs, gallery)
+            if not world.leads:
+                return
+            alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
+            results = measure_all(jobs, files, extract, real, alone, output)
     say("\n\n".join(["", markdown(results), summary(results)]).rstrip())
     written = [str(output / name) for name in WRITTEN if (output / name).exists()]
     drawn = f"; the images drawn are in {gallery.folder}" if jobs else ""

@@ -22,7 +22,7 @@ from pipeline.build import image_shape, load_denoiser
 from pipeline.checkpoint import load_checkpoint
 from pipeline.codec import encode
 from pipeline.network import build_schedule
-from utils.command import InputError, parse, path_name, run_command, say, whole_number
+from utils.command import InputError, path_name, run_script, say, whole_number
 from utils.randomness import ImageNoise
 
 ROWS = 16  # of the table at most, beside the last step
@@ -36,10 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", type=path_name, required=True, metavar="FILE")
     add("--steps", type=whole_number(2, 2**20), default=64, help="of a base model (64)")
     add("--count", type=whole_number(2, 10**4), default=200, help="images of each kind (200)")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: say(table(**vars(arguments))))
+    return run_script(parser, argv, lambda arguments: say(table(**vars(arguments))))
 
 
 @torch.no_grad()

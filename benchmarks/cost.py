@@ -9,7 +9,7 @@ import math
 import sys
 from typing import Any
 
-from utils.command import InputError, parse, path_name, run_command, whole_number
+from utils.command import InputError, path_name, run_script, whole_number
 
 DESCRIPTION = """\
 Count parameters, arithmetic and memory of the networks of configs, for one image in float32,
@@ -49,10 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--bandwidth", type=float, default=200.0, help="GB/s of a GPU in an all-reduce (200)"
     )
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: print_costs(arguments))
+    return run_script(parser, argv, print_costs)
 
 
 def print_costs(arguments: argparse.Namespace) -> None:

@@ -29,9 +29,8 @@ from training.metrics import read_metrics
 from utils.command import (
     InputError,
     add_device_argument,
-    parse,
     path_name,
-    run_command,
+    run_script,
     say,
     warn,
     whole_number,
@@ -114,10 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--small", action="store_true", help="all of it with tiny networks, as a test")
     add("--minutes", type=whole_number(1, 1000), default=8, help="about how long (8)")
     add("--output", type=path_name, default=Path("output/gpu"), metavar="DIR")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: measure(arguments))
+    return run_script(parser, argv, measure)
 
 
 def measure(arguments: argparse.Namespace) -> None:

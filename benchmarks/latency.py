@@ -24,13 +24,12 @@ from benchmarks.throughput import synchronise
 from pipeline.build import image_shape, load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.sampling import SampleRequest
-from tools import export_onnx
+from tools import export_onnx, onnx_file
 from utils.command import (
     InputError,
     add_device_argument,
-    parse,
     path_name,
-    run_command,
+    run_script,
     say,
     warn,
     whole_number,
@@ -62,10 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     ways = ("pytorch", "onnx", "browser")
     add("--ways", nargs="+", choices=ways, default=ways, help="what they are run by")
     add_device_argument(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: measure(arguments))
+    return run_script(parser, argv, measure)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -112,8 +108,6 @@ def pytorch(
 
 def onnx(checkpoint: Checkpoint, path: Path, steps: int, folder: Path) -> tuple[Draw, int]:
     """Returns what samples by one graph of all steps in ONNX Runtime, and in how many."""
-    import onnxruntime
-
     done = min(steps, export_onnx.MOST_STEPS)
     file = folder / f"{path.stem}-{done}.onnx"
     command = [str(path), "--output", str(file)]
@@ -121,13 +115,10 @@ def onnx(checkpoint: Checkpoint, path: Path, steps: int, folder: Path) -> tuple[
     with redirect_stdout(sys.stderr):  # standard output is the table's
         if not file.exists() and export_onnx.main(command):
             raise InputError(f"{path}: not exported to ONNX")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    model = onnx_file.read_onnx(file, torch.get_num_threads())
 
     def draw(count: int) -> None:
-        noise = torch.randn(count, *image_shape(checkpoint.config)).numpy()
-        session.run(None, {"noise": noise})
+        model(noise=torch.randn(count, *image_shape(checkpoint.config)))
 
     return draw, done
 

@@ -20,7 +20,8 @@ from pipeline.build import image_shape, load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.sampling import SampleRequest
 from tools import export_onnx
-from utils.command import InputError, parse, path_name, run_command, say, whole_number
+from tools.onnx_file import read_onnx
+from utils.command import InputError, path_name, run_script, say, whole_number
 from utils.processes import World
 from utils.progress import progress_bar
 from utils.randomness import ImageNoise
@@ -39,10 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     student = Path("pretrained/mnist-8-steps.safetensors")
     add("--checkpoint", type=path_name, default=student, metavar="FILE")
     add("--count", type=whole_number(20, 10**6), default=2000, metavar="N", help="images (2000)")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: compare(arguments))
+    return run_script(parser, argv, compare)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -90,20 +88,16 @@ def by_pytorch(checkpoint: Checkpoint, path: Path, count: int) -> tuple[Tensor, 
 
 def by_onnx(checkpoint: Checkpoint, file: Path, count: int) -> tuple[Tensor, float]:
     """Returns what the file draws from the same noise, and the seconds for each image."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    model = read_onnx(file, torch.get_num_threads())
     made, taken, cpu = [], 0.0, torch.device("cpu")
     with progress_bar(count, file.stem, "image") as bar:
         for start in range(0, count, BATCH):
             indices = range(start, min(count, start + BATCH))
             noise = ImageNoise(0, indices, image_shape(checkpoint.config), cpu).draw()
             begun = time.perf_counter()
-            (images,) = session.run(None, {"noise": noise.numpy()})
+            (images,) = model(noise=noise)
             taken += time.perf_counter() - begun
-            made.append(torch.from_numpy(images))
+            made.append(images)
             bar.update(len(indices))
     return torch.cat(made), taken / count
 

@@ -27,7 +27,7 @@ from pipeline.build import image_shape, load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
 from pipeline.network import build_schedule
-from utils.command import InputError, parse, path_name, run_command, say, whole_number
+from utils.command import InputError, path_name, run_script, say, whole_number
 from utils.randomness import ImageNoise, generator
 
 BATCH_SIZE = 100
@@ -41,10 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", type=path_name, required=True, metavar="STUDENT.pt")
     add("--teacher", type=path_name, required=True, metavar="TEACHER.pt")
     add("--count", type=whole_number(1, 10**7), default=200, help="images of each kind (200)")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: say(table(**vars(arguments))))
+    return run_script(parser, argv, lambda arguments: say(table(**vars(arguments))))
 
 
 @torch.no_grad()
@@ -97,9 +94,7 @@ def teachers_levels(student: Checkpoint, teacher: Checkpoint) -> Grid:
 def shares_drawn(student: Checkpoint, teachers: Grid) -> Tensor:
     """The share of the training images at each of the student's steps, from noise to image."""
     recipe, grid = student.config.distillation, student.levels()
-    students = recipe.steps()[1:]
-    position = students.index(len(grid) - 1) if len(grid) - 1 in students else 0
-    own = recipe.of_stage(position)
+    own = recipe.of_student(len(grid) - 1)
     starts = METHODS[own["method"]].paths(teachers, grid)[0]
     edges = torch.linspace(0, 1, len(starts) + 1, dtype=torch.float64) ** own["time_exponent"]
     steps = torch.searchsorted(grid, starts + 1e-9, right=True) - 1

@@ -37,9 +37,8 @@ from utils.command import (
     InputError,
     Stopped,
     add_device_argument,
-    parse,
     path_name,
-    run_command,
+    run_script,
     say,
     whole_number,
 )
@@ -67,10 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--table", action="store_true", help="only print what is known so far")
     add_device_argument(parser)
     parser.set_defaults(device="cpu")
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: compare(arguments), GO_ON)
+    return run_script(parser, argv, compare, GO_ON)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -84,7 +80,7 @@ def compare(arguments: argparse.Namespace) -> None:
     teacher = None if sweep.base else arguments.checkpoint or sweep.teacher
     if not (sweep.base or teacher or arguments.table):
         raise InputError(f"--checkpoint: missing; name the teacher of {arguments.name}")
-    if arguments.updates and sweep.base is None:
+    if arguments.updates and (sweep.base is None or sweep.students is not None):
         raise InputError(f"--updates: {arguments.name} has students; give --seconds instead")
     budget = {"seconds": arguments.seconds or sweep.seconds}
     if arguments.updates:

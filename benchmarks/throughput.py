@@ -19,9 +19,8 @@ from typing import Any
 
 from utils.command import (
     add_device_argument,
-    parse,
     path_name,
-    run_command,
+    run_script,
     whole_number,
 )
 
@@ -51,10 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=path_name, default=Path("output/throughput.json"))
     add_device_argument(parser)
-    arguments = parse(parser, argv)
-    if isinstance(arguments, int):
-        return arguments
-    return run_command(lambda: measure(arguments))
+    return run_script(parser, argv, measure)
 
 
 def measure(arguments: argparse.Namespace) -> None:

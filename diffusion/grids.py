@@ -93,8 +93,8 @@ def jump_errors(
         walked.append(z)
     errors = torch.full((len(grid), len(grid)), torch.inf, dtype=torch.float64)
     for i, prediction in enumerate(predictions):
-        for j in range(i + 1, len(grid)):
-            errors[i, j] = (ddim_step(prediction, rows[j]) - walked[j]).square().mean().item()
+        jumps = ((ddim_step(prediction, rows[j]), walked[j]) for j in range(i + 1, len(grid)))
+        errors[i, i + 1 :] = torch.stack([(a - b).square().mean() for a, b in jumps]).cpu()
     return errors
 
 

@@ -118,9 +118,9 @@ def energy(example: Example) -> Float[Tensor, "b"]:
     total = torch.zeros_like(samples)
     fakes, reals = feature_vectors(example.prediction.x), feature_vectors(example.x)
     for f, r in zip(fakes, reals, strict=True):
-        to_real = (_distances(f, r) * others).sum(1) / (len(f) - 1)
+        to_real = (_distances(f, r) * others).sum(1) / max(len(f) - 1, 1)
         to_samples = (_distances(f, f) * others) @ samples / (count - 1).clamp(min=1)
-        among_real = (_distances(r, r) * others).sum() / (len(r) * (len(r) - 1))
+        among_real = (_distances(r, r) * others).sum() / max(len(r) * (len(r) - 1), 1)
         total = total + 2 * to_real - to_samples - among_real
     return total / len(fakes) * samples * (count >= 2)
 

@@ -97,7 +97,8 @@ def distillation_objective(
     each image and given to the student and to all walkers (Meng et al. 2023). adversary: adds its
     term to the loss.
     """
-    num_transitions, following = paths.shape[1], onward(paths)
+    num_transitions = paths.shape[1]
+    following = paths if adversary is None else onward(paths)
 
     def draw(rng: torch.Generator, shape: torch.Size) -> Tensors:
         eps = torch.randn(shape, generator=rng, device=rng.device)

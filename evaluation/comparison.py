@@ -124,10 +124,11 @@ class Comparison:
             if other is None:
                 return None, None
             theirs = _images_of(other, gallery)
+            distance = squared_distance(images, theirs)
+            if features.logits is None:
+                return distance, None
             logits = self.extract(theirs).logits
-            if logits is None or features.logits is None:
-                return squared_distance(images, theirs), None
-            return squared_distance(images, theirs), agreement(features.logits, logits)
+            return distance, None if logits is None else agreement(features.logits, logits)
 
         to_teacher, teachers_class = against(partners.teacher)
         to_base, same_class = against(partners.base)

@@ -62,6 +62,11 @@ def frozen_features(
             f"{where}: distillation.losses: adversarial takes the features of the teacher, of a "
             f"unet or a dit; of a {checkpoint.config.model.name} there are none"
         )
+    if checkpoint.config.model.guidance:
+        raise InputError(
+            f"{where}: distillation.losses: adversarial takes the features of a teacher without "
+            "guidance weight, but this one takes a weight; begin the ladder with an unguided one"
+        )
 
     def features(z: Tensor, logsnr: Tensor, **condition: Any) -> list[Tensor]:
         with autocast(engine, device):

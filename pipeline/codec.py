@@ -77,8 +77,7 @@ def require_same_autoencoder(section: AutoencoderSection, path: Path, digest: st
     if section.digest not in (None, digest):
         raise InputError(
             f"{path}: codec.file: not the autoencoder that the model was trained with (digest "
-            f"{digest[:12]}, not {str(section.digest)[:12]}); put that one there, or beside the "
-            "checkpoint under the same name"
+            f"{digest[:12]}, not {str(section.digest)[:12]}); put that one there"
         )
 
 

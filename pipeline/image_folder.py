@@ -171,6 +171,8 @@ class StreamedDataset:
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=partial(_begin_worker, os.getpid()),
+            # Python 3.14 would fork a server's, and they are to end when this process does.
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
         )
         others = set(multiprocessing.active_children())
         finished = False

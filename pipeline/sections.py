@@ -114,7 +114,7 @@ class DistillationConfig(Recipe):
     losses: the terms of the loss and their weights, in place of loss_weight. guidance: the range of
     the guidance weight, if the student takes it as an input. ema_decay: of the average that is
     evaluated; walker_decay: of the average that walks the paths of tract and consistency. pull:
-    the strength of the decay towards the teacher's weights.
+    the strength of the decay towards the weights that the student began with.
 
     method, updates_per_stage, learning_rate, time_exponent: one value, or a list with one for each
     stage. The learning rate falls to 0 in every stage; over the first warmup updates it rises, so
@@ -217,6 +217,11 @@ class DistillationConfig(Recipe):
         """Returns the values of the keys in PER_STAGE for one stage. position: from 0."""
         values = {key: getattr(self, key) for key in PER_STAGE}
         return {k: v[position] if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def of_student(self, num_steps: int | None) -> dict[str, Any]:
+        """Returns of_stage for the student of so many steps; for the first if there is none."""
+        students = self.steps()[1:]
+        return self.of_stage(students.index(num_steps) if num_steps in students else 0)
 
     def updates_after(self, position: int) -> int:
         """Returns the number of updates in all stages after this one."""

@@ -157,6 +157,8 @@ def test_base_models_are_trained_for_equal_updates_if_asked(run_sweep, tmp_path,
     assert "made for other seconds" in capsys.readouterr().err
     assert run_sweep("methods", "--updates", "3", "--checkpoint", "x.pt") == 2
     assert "--updates: methods has students" in capsys.readouterr().err
+    assert run_sweep("networks", "--updates", "3") == 2
+    assert "--updates: networks has students" in capsys.readouterr().err
 
 
 def test_an_ablation_has_every_cell_and_the_best_twice(run_sweep, monkeypatch, capsys):

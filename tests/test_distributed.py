@@ -100,6 +100,9 @@ def test_the_metrics_are_those_of_the_global_batch(runs):
                 continue
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
             assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
+            by_level = {key: a[key] for key in a if key.startswith("loss_logsnr_")}
+            assert by_level == pytest.approx({key: b.get(key) for key in by_level}, rel=1e-3)
+            assert by_level or a["update"] % 2, "checkpoints have the losses by noise level"
 
 
 def test_only_the_first_process_speaks_and_writes(runs):

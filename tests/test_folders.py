@@ -1,5 +1,6 @@
 """Which folders and files the scripts write to: not another run's, not half, not by mistake."""
 
+import fcntl
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ from evaluation.tables import markdown, summary, write_results
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from tests.toys import tiny
 from tools import publish
+from training.folder import kept_to_itself
 from utils.command import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -339,3 +341,32 @@ def test_a_student_of_the_same_name_but_another_stage_is_of_another_ladder(works
     save_checkpoint(tmp_path / "student-4.pt", replace(load_checkpoint(student), stage=3))
     with pytest.raises(InputError, match=r"student-4\.pt: of another ladder"):
         require_same_ladder(tmp_path, (4, 2), 1)
+
+
+def test_a_lock_on_a_file_that_its_owner_deleted_is_no_lock(tmp_path, monkeypatch):
+    """Another run ends, and deletes the file, between this one's opening and locking it."""
+    lockf, tries = fcntl.lockf, []
+
+    def late(file, how):
+        tries.append(file.name)
+        if len(tries) == 1:
+            (tmp_path / ".lock").unlink()
+        return lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with kept_to_itself(tmp_path) as alone:
+        assert alone
+        assert (tmp_path / ".lock").exists()
+    assert len(tries) == 2
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_guided_student_is_no_critics_teacher(tmp_path, capsys):
+    teacher = ROOT / "pretrained" / "mnist-by-class-8-steps.safetensors"
+    losses = "distillation.losses={snr_trunc: 1.0, adversarial: 0.1}"
+    recipe = ("distillation.ladder=[8,4]", "distillation.updates_per_stage=1", losses)
+    recipe += ("distillation.learning_rate=1.0e-4", "distillation.time_exponent=1.0")
+    given = ("--teacher_model_checkpoint", teacher, "--output", tmp_path / "x", "--set", *recipe)
+    line = refused(capsys, distill, *given)
+    assert f"{teacher}: distillation.losses: adversarial takes the features" in line
+    assert "begin the ladder with an unguided one" in line

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 import distill
+import evaluate
 import sample
 import train
 from pipeline.build import build_network
@@ -205,6 +206,9 @@ def test_a_folder_where_another_run_writes_is_left_alone(workshop, tmp_path, cap
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
     assert other.stdout.readline() == b"True\n"
+    model = ("--checkpoint", workshop["base"] / "diffusion-4.pt", "--count", 20, "--steps", 1)
+    line = refused(capsys, evaluate, *model, "--output", tmp_path)
+    assert "another run is writing there" in line
     (tmp_path / ".diffusion-2.pt.123.tmp").write_text("being written")
     assert "another run is writing there" in refused(capsys, train, *given, "--restart")
     assert (tmp_path / ".diffusion-2.pt.123.tmp").exists()

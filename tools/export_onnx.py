@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes the file, once its graph gives what PyTorch gives."""
+    """Writes the file, and opens it once. Raises InputError if ONNX Runtime cannot."""
     import torch
 
     from pipeline.build import image_shape, load_denoiser

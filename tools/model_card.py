@@ -60,8 +60,8 @@ def _description(checkpoint: Checkpoint, parts: Exported) -> str:
         method = "none: a base model"
     else:
         # A student converted from another format has the config of its network alone.
-        known = min(checkpoint.stage, len(config.distillation.steps()) - 1) - 1
-        method = f"{config.distillation.of_stage(known)['method']} distillation"
+        recipe = config.distillation.of_student(checkpoint.num_steps)
+        method = f"{recipe['method']} distillation"
     classes = config.model.num_classes
     facts = {
         "distilled by": method,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import IO
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.image_folder import IMAGE_SUFFIXES
@@ -132,17 +133,24 @@ def open_folder(folder: Path, world: World, prefix: str, restart: bool) -> Itera
     own_files(folder, prefix)  # raises InputError
     require_no_run(folder, but=prefix)
     world.wait()  # before anything is deleted
+    with locked(folder, world):
+        if world.leads:
+            sweep(folder)
+            if restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                delete_run(folder, prefix)
+        world.wait()
+        yield
+
+
+@contextmanager
+def locked(folder: Path, world: World) -> Iterator[None]:
+    """Locks the folder for the block. Raises InputError if another run writes there."""
     with kept_to_itself(folder) if world.leads else nullcontext(True) as alone:
         if world.any(not alone):
             raise InputError(
                 f"{folder}: another run is writing there; wait for its end, or give another "
                 "folder (--output)"
             )
-        if world.leads:
-            sweep(folder)
-            if restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                delete_run(folder, prefix)
-        world.wait()
         yield
 
 
@@ -155,17 +163,29 @@ def kept_to_itself(folder: Path) -> Iterator[bool]:
     """
     make_folder(folder)
     path = folder / ".lock"
-    with path.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                yield False
-                return
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    yield False
+                    return
+            if not _is_open(path, file):
+                continue  # another process held it, and has deleted it
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_open(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is still the one at the path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def sweep(folder: Path) -> None:

@@ -154,7 +154,13 @@ def _part(
             f"students have {', '.join(map(str, steps[1:]))} steps; take one of these"
         )
     start = 1 if first_steps is None else steps.index(first_steps, 1)
-    return {"ladder": steps[start - 1 :][: 1 + (iterations or len(steps))]}
+    part = steps[start - 1 :]
+    if iterations is not None and iterations >= len(part):
+        raise InputError(
+            f"--distillation_iterations {iterations}: {where} has distillation.ladder, with "
+            f"{len(part) - 1} students from there on; take at most as many"
+        )
+    return {"ladder": part[: 1 + (iterations or len(part))]}
 
 
 def _fitting_lists(

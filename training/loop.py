@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion.objectives import Objective, Tensors
 from pipeline.codec import PIXELS, Codec
 from pipeline.data import Dataset
-from training.metrics import Metrics, MetricsLog, Monitor
+from training.metrics import BINNED_EVERY, LossBins, Metrics, MetricsLog, Monitor
 from training.recording import Recording, Work
 from training.stage import Stage
 from training.tracking import Tracker
@@ -48,9 +48,10 @@ def train_updates(
     """Trains from the trainee's update to the stage's last one, yielding after each.
 
     All that an update draws is a function of (seed, stage, update), drawn for the global batch, of
-    which each process and each step of accumulation takes its rows: the gradient is that of one
-    process and one step, up to rounding. An update whose gradient is not finite is skipped, in all
-    processes alike; SKIPS_IN_A_ROW of them raise InputError.
+    which each process and each step of accumulation takes its rows: without dropout and the loss
+    energy, the gradient is that of one process and one step, up to rounding. An update whose
+    gradient is not finite is skipped, in all processes alike; SKIPS_IN_A_ROW of them raise
+    InputError.
     """
     limit = math.inf if stage.gradient_clip is None else stage.gradient_clip
     rows = rows_of_process(stage.batch_size, stage.accumulate, world)
@@ -230,7 +231,7 @@ def run_stage(
             log = MetricsLog(folder, stage.number, trainee.update, tracker)
             stack.enter_context(log)
             bar = stack.enter_context(progress_bar(stage.updates, title, "update", trainee.update))
-            monitor = Monitor(log, bar, stage, world.device)
+            monitor = Monitor(log, bar, stage)
 
         written = Written(callbacks, stop, monitor)
         # A kill may have come between a checkpoint and its picture.
@@ -238,7 +239,7 @@ def run_stage(
             monitor is not None and not monitor.shown(trainee.update)
         ):
             written.show(trainee.update)
-        first, finite = trainee.update, True
+        first, finite, bins = trainee.update, True, LossBins(world.device)
         updates = train_updates(trainee, stage, dataset, objective, world, stop, codec)
         try:
             for metrics in updates:
@@ -246,8 +247,13 @@ def run_stage(
                 # Weights that give no finite gradient are no place to go on from.
                 last = trainee.update == stage.updates
                 due = stage.saves_at(trainee.update) and (last or finite)
+                if not metrics.skipped and not stage.of_autoencoder:  # which has one level
+                    bins.add(metrics.losses, metrics.logsnr)
+                # Before a save too, as a resumed run begins with none.
+                read = metrics.update % BINNED_EVERY == 0 or stage.saves_at(metrics.update)
+                by_level = bins.read(world) if read else {}
                 if monitor is not None:
-                    monitor.after(metrics)
+                    monitor.after(metrics, by_level)
                 if due or stopping:
                     written.save()
                     stopping = world.any(stop.requested)
@@ -256,7 +262,8 @@ def run_stage(
                 if stopping:
                     break
         except DataError as error:
-            saved = trainee.update > first and finite
+            # Where another process cannot go on, the leader is still waiting for it.
+            saved = world.leads and trainee.update > first and finite
             if saved:
                 written.save()
             done = f"{'saved' if saved else 'ended'} at update {trainee.update} of {stage.updates}"

@@ -17,6 +17,7 @@ from training.stage import Stage
 from training.tracking import Tracker
 from utils.files import make_folder, naming, require_regular_file, write_text
 from utils.images import make_grid
+from utils.processes import World
 
 BIN_EDGES = tuple(range(-20, 21, 4))  # of the logsnr bins that losses are averaged in
 BINNED_EVERY = 100  # updates
@@ -149,9 +150,12 @@ class LossBins:
         self.totals[0].index_add_(0, bins, losses.detach().float())
         self.totals[1].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
 
-    def read(self) -> dict[str, float]:
-        """The means since the last reading, by the lower edge of the bin; none of empty bins."""
-        sums, counts = self.totals.tolist()
+    def read(self, world: World) -> dict[str, float]:
+        """The means since the last reading, by the lower edge of the bin; none of empty bins.
+
+        Over the examples of all processes, which have to call it together.
+        """
+        sums, counts = world.sum(self.totals).tolist()
         self.totals.zero_()
         return {
             f"loss_logsnr_{edge}": total / count
@@ -189,33 +193,28 @@ class Metrics(NamedTuple):
 
 
 class Monitor:
-    """Reports each update: a line of metrics, a tick of the bar, the losses by noise level."""
+    """Reports each update: a line of metrics and a tick of the bar."""
 
-    def __init__(self, log: MetricsLog, bar: Any, stage: Stage, device: torch.device) -> None:
+    def __init__(self, log: MetricsLog, bar: Any, stage: Stage) -> None:
         self.log, self.bar, self.stage = log, bar, stage
         self.where: dict[str, Any] = {"stage": stage.number}
         if stage.of_autoencoder:
             self.where["kind"] = "autoencoder"
         if stage.num_steps is not None:
             self.where["num_steps"] = stage.num_steps
-        self.bins = LossBins(device)
         self.last = time.perf_counter()
 
-    def after(self, metrics: Metrics) -> None:
-        """Notes one update."""
+    def after(self, metrics: Metrics, by_level: dict[str, float]) -> None:
+        """Notes one update. by_level: losses by noise level, see LossBins.read; may be empty."""
         now = time.perf_counter()
         speed, self.last = self.stage.batch_size / (now - self.last), now
-        values = {
+        values: dict[str, float] = {
             "loss": metrics.loss,
             "gradient_norm": metrics.gradient_norm,
             "learning_rate": metrics.learning_rate,
             "skipped": metrics.skipped,
             "images_per_second": round(speed, 1),
-        }
-        if not metrics.skipped:
-            self.bins.add(metrics.losses, metrics.logsnr)
-        if metrics.update % BINNED_EVERY == 0 or self.stage.saves_at(metrics.update):
-            values |= self.bins.read()  # before a save too, as a resumed run begins with none
+        } | by_level
         self.log.write(metrics.update, values, **self.where)
         text = f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.1e}, {speed:.0f} images/s"
         rate = self.bar.format_dict["rate"]

@@ -142,6 +142,8 @@ def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:
     Rank 0 measures the teacher on noised images of the data set; all processes get the same grid.
     """
     grid, device = teacher_grid(teacher, stage.teacher_steps), run.world.device
+    if stage.num_steps == len(grid) - 1:
+        return grid
     errors = torch.zeros(len(grid), len(grid), dtype=torch.float64)
     if run.world.leads:
         say(f"measuring the errors of the teacher's {len(grid) - 1} steps, for an adaptive grid")
@@ -157,8 +159,6 @@ def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:
         denoise = conditioned(teacher_denoiser(run, stage, teacher), **condition)
         errors = jump_errors(denoise, x, eps, on_device(grid, device)).cpu()
     errors = run.world.sum(on_device(errors, device)).cpu().double()
-    if stage.num_steps == len(grid) - 1:
-        return grid
     return adaptive_grid(grid, errors, stage.num_steps or 1)
 
 

@@ -146,3 +146,11 @@ def test_the_perceptual_distance_grows_with_the_difference():
     values = [perceptual(example(x + s * noise, x)).mean() for s in (0.0, 0.1, 0.5)]
     assert values[0] == 0
     assert values[0] < values[1] < values[2]
+
+
+def test_the_energy_distance_of_a_single_image_is_zero_and_so_is_its_gradient():
+    x_hat, x = torch.randn(2, 1, 1, 8, 8)
+    loss = energy(example(x_hat.requires_grad_(), x))
+    assert loss.tolist() == [0.0]
+    loss.sum().backward()
+    assert (x_hat.grad == 0).all()

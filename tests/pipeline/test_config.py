@@ -330,6 +330,10 @@ def test_a_printed_config_is_that_of_the_ladder(tmp_path, monkeypatch, capsys):
     assert "distillation.first_steps" in capsys.readouterr().err
     text = printed(capsys, distill, *base, "--initial_sampling_steps", 8)
     assert make_config(parse_yaml(text, "x"), "x").distillation.steps() == (16, 8, 4, 2)
+    for number, error in ((6, "with 5 students from there on"), (0, "whole number"), (-2, "whole")):
+        asked = ("--distillation_iterations", number, "--print_config")
+        assert distill.main([*map(str, (*base[:2], *asked))]) == 2
+        assert error in capsys.readouterr().err
 
 
 NAMES = [

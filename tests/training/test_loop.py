@@ -20,14 +20,14 @@ from pipeline.config import make_config
 from pipeline.data import MemoryDataset
 from pipeline.network import build_network, load_weights
 from tests.toys import COSINE, tiny
-from training.loop import rows_of_process, train_updates
+from training.loop import Callbacks, rows_of_process, run_stage, train_updates
 from training.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
 from training.resume import StageFiles
 from training.stage import base_stage, student_stages
 from training.stages import train_stage
 from training.starts import Run, base_start, student_start
 from training.trainee import ema_decay_at, load_optimizer, make_optimizer, make_trainee, update_ema
-from utils.command import InputError
+from utils.command import DataError, InputError
 from utils.processes import World
 from utils.randomness import ImageNoise, batch_indices, generator
 
@@ -509,8 +509,32 @@ def test_losses_are_averaged_by_noise_level():
     bins.add(torch.tensor([1.0, 3.0]), torch.tensor([-19.0, -17.0]).double())
     bins.add(torch.tensor([5.0, 7.0, 9.0]), torch.tensor([0.5, 25.0, -25.0]))
     means = {"loss_logsnr_-20": 13 / 3, "loss_logsnr_0": 5.0, "loss_logsnr_16": 7.0}
-    assert bins.read() == pytest.approx(means)
-    assert bins.read() == {}
+    assert bins.read(ALONE) == pytest.approx(means)
+    assert bins.read(ALONE) == {}
+
+
+@pytest.mark.parametrize(("rank", "done"), [(0, "saved"), (1, "ended")])
+def test_only_the_leader_says_that_it_saved(tmp_path, rank, done):
+    """The others have nothing to save, and the leader is waiting for them."""
+
+    class OfTwo(World):
+        def sum(self, values):
+            return values
+
+    class Damaged(MemoryDataset):
+        def batches(self, index_batches):
+            yield next(super().batches(index_batches))
+            raise DataError("bad.png: not a readable image")
+
+    config, saves = make_config(tiny(), "x"), []
+    trainee, images = begin(config), digits()
+    damaged = Damaged(images.images, images.labels, images.num_classes)
+    objective = base_objective(Denoiser(trainee.network, "v"))
+    callbacks = Callbacks(lambda: saves.append(trainee.update))
+    stage, world = make_stage(), OfTwo(CPU, rank, size=2)
+    with pytest.raises(InputError, match=f"bad.png: not a readable image; {done} at update 1 of 4"):
+        run_stage(trainee, stage, damaged, objective, world, tmp_path, callbacks, "x")
+    assert saves == ([1] if done == "saved" else [])
 
 
 def test_sample_statistics():
