@@ -97,7 +97,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_checkpoint
     from pipeline.codec import open_codec
     from training.folder import locked, require_no_run
-    from utils.processes import World, join_world
+    from utils.processes import World, join_world, take_all_threads
 
     output = arguments.output
     require_no_run(output)
@@ -135,6 +135,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             draw_all(jobs, gallery)
             if not world.leads:
                 return
+            take_all_threads()
             alone = Gallery(gallery.folder, World(world.device), gallery.seed, gallery.batch_size)
             results = measure_all(jobs, files, extract, real, alone, output)
     say("\n\n".join(["", markdown(results), summary(results)]).rstrip())

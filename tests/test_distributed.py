@@ -19,7 +19,7 @@ from pipeline.checkpoint import digest, load_checkpoint
 from tests.processes import fewer_real_images, run_together
 from tests.toys import tiny
 from utils.command import InputError
-from utils.processes import join_world
+from utils.processes import join_world, take_all_threads
 
 ROOT = Path(__file__).parents[1]
 
@@ -281,3 +281,13 @@ def test_two_processes_share_an_evaluation(runs, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == ["floor", "images", "base"]
     assert len(list(tmp_path.glob("images/*/*.safetensors"))) == 500 // CHUNK
+
+
+def test_what_one_process_does_alone_has_the_threads_of_all(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for processes, threads in (("2", 6), ("", 3)):
+        asked = []
+        monkeypatch.setattr(torch, "set_num_threads", asked.append)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        take_all_threads()
+        assert asked == [threads]

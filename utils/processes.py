@@ -109,6 +109,11 @@ def join_world(device_name: str | None) -> Iterator[World]:
         distributed.destroy_process_group()
 
 
+def take_all_threads() -> None:
+    """For what one process does alone: the threads of the others on this machine, too."""
+    torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
 def was_launched() -> bool:
     """Returns whether torchrun, or a similar launcher, has started this process.
 
