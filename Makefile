@@ -18,7 +18,7 @@ help:
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
 	@echo 'make results      a teacher and its students from nothing: train, distil, measure (hours; LONG=1: as the published ones)'
 	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (hours)'
-	@echo 'make adversarial  a part of it, after make tract: students drawn towards the data as well (an hour or two)'
+	@echo 'make adversarial  a part of it, after make tract: students trained adversarially as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
 	@echo 'make evaluate     a part of it: measure the published weights (an hour or two)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
@@ -126,7 +126,7 @@ else
 	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
 endif
 
-# Students drawn towards the data by an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract
+# Students trained with an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract
 # before; with LONG=1 the first two as they were after their first part), kept close to their teacher, and that of one
 # of the ladder. Where a student stays what it is, and is there only as the next one's teacher, it gets a single update.
 ON_GRID_8 = distillation.grid=$(if $(LONG),adaptive,$(GRID_8))
