@@ -1,7 +1,8 @@
 """Distillation: the target of a student's step, and the methods, which are choices of its parts.
 
-A student's step goes from noise level t to s. A walker, such as the teacher, takes k DDIM steps through
-the levels t = l_0, .., l_k = s and predicts x_hat_j on each leg. The student learns to predict
+A student's step goes from noise level t to s. A walker, such as the teacher, takes k DDIM steps
+through the levels t = l_0, .., l_k = s and predicts x_hat_j on each leg. The student learns to
+predict
 
     x_target = sum_j w_j x_hat_j,    w_j = (u_(j+1) - u_j) / (1 - u_0),    u_j = e^((l_j - l_s) / 2)
 
