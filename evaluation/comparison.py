@@ -10,6 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from evaluation.curves import draw_distances
 from evaluation.features import Extractor, Features
 from evaluation.gallery import Gallery, RealImages
 from evaluation.jobs import Job, Partners
@@ -231,7 +232,7 @@ def measure_all(
     gallery: Gallery,
     output: Path,
 ) -> Results:
-    """Measures the images of jobs and of files, and writes the tables after every row.
+    """Measures the images of jobs and of files; writes tables after every row, and a picture.
 
     A row that an earlier call has measured, with the same weights, is not measured again.
     """
@@ -270,6 +271,7 @@ def measure_all(
         if row is None or not picture.exists():
             comparison.draw_nearest(picture, _images_of(job, gallery))
     write_results(output, results)  # again, in case an earlier call was stopped here
+    draw_distances(output / "distances.png", results)
     return results
 
 

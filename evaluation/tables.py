@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from evaluation.curves import draw_distances
 from evaluation.frechet import Compared, Interval, compare_distances
 from evaluation.results import DISTILLED, Results, Row, by_curve, finest_base
 from utils.files import write_text
@@ -15,7 +14,7 @@ from utils.terminal import printable
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """Writes results.json, results.csv, results.md and distances.png."""
+    """Writes results.json, results.csv and results.md, which shows distances.png."""
     rows = [asdict(row) for row in results.rows]
     values = {"features": results.features, "reference": dict(results.reference), "rows": rows}
     write_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
@@ -23,7 +22,6 @@ def write_results(folder: Path, results: Results) -> None:
     parts = (summary(results), markdown(results), picture)
     write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n")
     write_text(folder / "results.csv", _csv(results.rows))
-    draw_distances(folder / "distances.png", results)
 
 
 COLUMNS = {

@@ -13,7 +13,9 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 
+from evaluation.features import Extractor  # noqa: E402
 from pipeline import data  # noqa: E402
+from pipeline.checkpoint import digest  # noqa: E402
 
 MNIST = Path(__file__).parents[1] / "data" / "mnist"
 
@@ -37,6 +39,22 @@ def _mnist_is_read_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_read_idx", read_once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _features_are_computed_once():
+    """Most tests that measure samples compare them with the same real images."""
+    call, known = Extractor.__call__, {}
+
+    def once(self, images, title="features"):
+        key = (self.identity, digest(images))
+        if key not in known:
+            known[key] = call(self, images, title)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extractor, "__call__", once)
         yield
 
 

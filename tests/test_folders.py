@@ -17,6 +17,7 @@ import distill
 import evaluate
 import sample
 import train
+from evaluation.curves import draw_distances
 from evaluation.quality import Quality
 from evaluation.results import Results, Row, read_results
 from evaluation.tables import markdown, summary, write_results
@@ -309,6 +310,8 @@ def test_names_are_escaped_in_tables(tmp_path):
     assert "\x1b" not in markdown(results)
     write_results(tmp_path, results)
     assert read_results(tmp_path / "results.json") == results
+    assert "distances.png" in (tmp_path / "results.md").read_text()
+    draw_distances(tmp_path / "distances.png", results)
     assert (tmp_path / "distances.png").exists()
 
 
