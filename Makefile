@@ -60,7 +60,8 @@ quickstart: $(VENV)/.installed
 	@echo
 	@echo 'look at $(RESULTS)/comparison.png and ladder.png; the table is in ladder.md beside them'
 
-# The published weights from nothing. A second call goes on where a stop left off. On two CPU cores, two processes of
+# A teacher and its students from nothing, into pretrained/ and docs/mnist/ in place of the published ones, which LONG=1
+# trains anew. A second call goes on where a stop left off. On two CPU cores, two processes of
 # one thread are faster than one of two. On processors that have it: ENGINE=engine.precision=bf16. On one GPU:
 # PROCESSES=1 ENGINE=engine.cuda_graphs=true; on several: PROCESSES=<GPUs>.
 ENGINE ?= engine.precision=fp32
@@ -131,7 +132,7 @@ endif
 # of the ladder. Where a student stays what it is, and is there only as the next one's teacher, it gets a single update.
 ON_GRID_8 = distillation.grid=$(if $(LONG),adaptive,$(GRID_8))
 ON_GRID_4 = distillation.grid=$(if $(LONG),adaptive,$(GRID_4))
-AS_WELL = output/distilled/adversarial
+AS_WELL = output/distilled/adversarial$(if $(LONG),,_straight)
 CLOSE = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set $(ENGINE) \
 	distillation.method=tract distillation.batch_size=32 distillation.learning_rate=1.0e-4 \
 	distillation.time_exponent=2.0 distillation.ema_decay=0.998 distillation.warmup=100 \

@@ -372,8 +372,7 @@ def test_the_background_is_measured_along_the_edge(tmp_path, capsys, few_real_im
 # --- make gpu -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_that_a_gpu_is_asked_for_runs_on_a_cpu(tmp_path, capsys, monkeypatch, compiled):
     if not compiled:
         monkeypatch.setattr(gpu, "COMPILED", ())

@@ -308,7 +308,8 @@ def test_rows_of_an_earlier_call_stay(workshop, tmp_path):
     assert any(row["sampler"] == "dpm_solver++" for row in rows)
 
 
-def test_the_last_line_says_what_is_there(workshop, tmp_path, capsys):
+def test_the_last_line_says_what_is_there(workshop, tmp_path, monkeypatch, capsys):
+    threads: list[int] = []
     images = real_images(load_checkpoint(workshop["made"][0]).config).floor[:10]
     np.savez(tmp_path / "made.npz", images.permute(0, 2, 3, 1).numpy())
     (tmp_path / "made.npz").rename(tmp_path / "a|b.NPZ")
@@ -320,7 +321,10 @@ def test_the_last_line_says_what_is_there(workshop, tmp_path, capsys):
     assert said.splitlines()[-1] == f"written: {', '.join(tables)}"
     assert r"| a\|b | 10 |" in said
     student = ("--checkpoint", workshop["published"][2], "--count", 10)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert run(evaluate, *student, "--output", out) == 0
+    assert threads == [7 * torch.get_num_threads()], "those of all processes, to measure with"
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f", {out / 'distances.png'}; the images drawn are in {out / 'images'}")
     assert len(list((out / "images").iterdir())) == 1

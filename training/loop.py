@@ -249,7 +249,7 @@ def run_stage(
                 due = stage.saves_at(trainee.update) and (last or finite)
                 if not metrics.skipped and not stage.of_autoencoder:  # which has one level
                     bins.add(metrics.losses, metrics.logsnr)
-                # Before a save too, as a resumed run begins with none.
+                # Before a due save too, as a resumed run begins with none.
                 read = metrics.update % BINNED_EVERY == 0 or stage.saves_at(metrics.update)
                 by_level = bins.read(world) if read else {}
                 if monitor is not None:
