@@ -245,10 +245,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# In the order of the files: by number of tests, the few that take longest would come last, on one core.
 test: lint
-	$(BIN)/python -m pytest -rs -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadscope \
-		--no-loadscope-reorder
+	$(BIN)/python -m pytest -rs -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadscope
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
