@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion.objectives import Objective, Tensors
 from pipeline.codec import PIXELS, Codec
 from pipeline.data import Dataset
-from training.metrics import BINNED_EVERY, LossBins, Metrics, MetricsLog, Monitor
+from training.metrics import LossBins, Metrics, MetricsLog, Monitor
 from training.recording import Recording, Work
 from training.stage import Stage
 from training.tracking import Tracker
@@ -228,16 +228,14 @@ def run_stage(
         stop = stack.enter_context(stop_requests())
         monitor = None
         if world.leads:
-            log = MetricsLog(folder, stage.number, trainee.update, tracker)
-            stack.enter_context(log)
+            log = stack.enter_context(MetricsLog(folder, stage.number, trainee.update, tracker))
             bar = stack.enter_context(progress_bar(stage.updates, title, "update", trainee.update))
             monitor = Monitor(log, bar, stage)
 
         written = Written(callbacks, stop, monitor)
         # A kill may have come between a checkpoint and its picture.
-        if stage.saves_at(trainee.update) and world.any(
-            monitor is not None and not monitor.shown(trainee.update)
-        ):
+        unseen = monitor is not None and not monitor.shown(trainee.update)
+        if stage.saves_at(trainee.update) and world.any(unseen):
             written.show(trainee.update)
         first, finite, bins = trainee.update, True, LossBins(world.device)
         updates = train_updates(trainee, stage, dataset, objective, world, stop, codec)
@@ -245,13 +243,9 @@ def run_stage(
             for metrics in updates:
                 stopping, finite = metrics.stop, not metrics.skipped
                 # Weights that give no finite gradient are no place to go on from.
-                last = trainee.update == stage.updates
-                due = stage.saves_at(trainee.update) and (last or finite)
-                if not metrics.skipped and not stage.of_autoencoder:  # which has one level
-                    bins.add(metrics.losses, metrics.logsnr)
-                # Before a due save too, as a resumed run begins with none.
-                read = metrics.update % BINNED_EVERY == 0 or stage.saves_at(metrics.update)
-                by_level = bins.read(world) if read else {}
+                usable = finite or trainee.update == stage.updates
+                due = usable and stage.saves_at(trainee.update)
+                by_level = bins.after(metrics, stage, world)
                 if monitor is not None:
                     monitor.after(metrics, by_level)
                 if due or stopping:

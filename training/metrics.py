@@ -150,6 +150,16 @@ class LossBins:
         self.totals[0].index_add_(0, bins, losses.detach().float())
         self.totals[1].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
 
+    def after(self, metrics: "Metrics", stage: Stage, world: World) -> dict[str, float]:
+        """Adds an update's losses; returns the means where they are due, else nothing.
+
+        Before a checkpoint they are due too, as a resumed run begins with none.
+        """
+        if not metrics.skipped and not stage.of_autoencoder:  # which has one level
+            self.add(metrics.losses, metrics.logsnr)
+        due = metrics.update % BINNED_EVERY == 0 or stage.saves_at(metrics.update)
+        return self.read(world) if due else {}
+
     def read(self, world: World) -> dict[str, float]:
         """The means since the last reading, by the lower edge of the bin; none of empty bins.
 
