@@ -146,7 +146,8 @@ def cost_of(config: Any) -> dict[str, float]:
     from pipeline.network import build_network
 
     device = torch.device("meta")
-    network = build_network(config, device)
+    with device:  # no memory for the weights either, and no time to draw them
+        network = build_network(config, device)
     z = torch.empty(1, *image_shape(config), device=device)
     logsnr = torch.empty(1, device=device)
     kept: dict[int, int] = {}

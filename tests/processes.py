@@ -114,12 +114,15 @@ def end_with(work, log):
         os._exit(code)
 
 
-def run_alone(module, *commands):
+def run_alone(module, *commands, before=None):
     """Runs main() of a module with each of the commands, in one process of its own.
 
-    For what goes badly with the run-time checks of shapes in the tests. Returns what it printed.
+    For what goes badly with the run-time checks of shapes in the tests. before: a function without
+    arguments, of a module, that the process calls first. Returns what it printed.
     """
     program = f"import json, sys; from {module} import main\n"
+    if before is not None:
+        program += f"from {before.__module__} import {before.__name__} as before; before()\n"
     program += "for arguments in json.loads(sys.argv[1]): assert main(arguments) == 0"
     command = [sys.executable, "-c", program, json.dumps(commands)]
     root = Path(__file__).parents[1]

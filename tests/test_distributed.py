@@ -58,10 +58,6 @@ def end(process):
     return out
 
 
-def launch(processes, *arguments):
-    return end(begin(processes, *arguments))
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same training and ladder by one process and by two."""
@@ -72,7 +68,8 @@ def runs(tmp_path_factory):
     said = {}
     for processes in (1, 2):
         base, ladder = folder / f"base-{processes}", folder / f"ladder-{processes}"
-        launch(processes, "train.py", "--config_path", config, "--output", base)
+        train = ("--config_path", config, "--output", base)
+        run_together(1, "train", *train) if processes == 1 else end(begin(2, "train.py", *train))
         distill = ("--teacher_model_checkpoint", base / "diffusion-4.pt", "--output", ladder)
         said[processes] = run_together(processes, "distill", *distill)
     return folder, said
@@ -152,11 +149,10 @@ def same_weights(a, b):
 def test_a_killed_worker_is_restarted_and_the_run_goes_on(runs, tmp_path):
     folder, _ = runs
     more = ("--set", "training.updates=40", "training.checkpoint_every=5")
-    train = ("train.py", "--config_path", folder / "tiny.yaml", *more)
-    launch(2, *train, "--output", tmp_path / "undisturbed")
-    process = begin(
-        2, *train, "--output", tmp_path / "killed", options=("--standalone", "--max-restarts=1")
-    )
+    train = ("--config_path", folder / "tiny.yaml", *more, "--output")
+    run_together(2, "train", *train, tmp_path / "undisturbed")
+    options = ("--standalone", "--max-restarts=1")
+    process = begin(2, "train.py", *train, tmp_path / "killed", options=options)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "diffusion-10.pt").exists():
         assert process.poll() is None

@@ -1,5 +1,5 @@
-"""Checkpoints made to do harm: pickles that run code, entries that lead out of a folder or ask for
-too much memory. None does."""
+"""Kills, damaged files and checkpoints made to do harm: pickles that run code, entries that lead out
+of a folder or ask for too much memory. None does."""
 
 import contextlib
 import copy
@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 import zipfile
@@ -44,6 +45,29 @@ from tests.toys import tiny
 from training.resume import newest_whole, numbered
 from training.stage import Stage
 from utils.command import InputError, handled
+
+KILLS = os.environ.get("KILLS", "8")
+
+
+def test_a_killed_run_loses_nothing():
+    """A few kills of the scripts that train; make torture does two hundred."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kills", "--kills", KILLS],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(f"\n{result.stdout}")
+    kills, inside = re.search(r"(\d+) kills, (\d+) of them", result.stdout).groups()
+    assert kills == KILLS
+    assert int(inside) >= int(kills) / 4
+    assert "all the same" in result.stdout
+    for place in ("a process of its own: at random", "stage > save > "):
+        assert place in result.stdout
+
 
 # module, name, and what it is called with; {0} is a file that must not appear
 GADGETS = [

@@ -1,5 +1,6 @@
 """ONNX files give what PyTorch gives, and only those of this project are read."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.sampling import SampleRequest
 from tests.models.test_unet import awake
 from tests.processes import run_alone
 from tests.toys import tiny
-from tools import export_onnx
+from tools import export_onnx, onnx_file
 from tools.onnx_file import read_onnx
 from utils.command import InputError
 from utils.processes import World
@@ -40,25 +41,36 @@ def student(path, num_steps, clip=False, **model):
     return path
 
 
+def trace_once():
+    """Tracing takes seconds; the files of one model in several precisions begin with the same."""
+    trace, known = onnx_file.all_steps, {}
+
+    def once(denoiser, conditions, shape, clip, levels):
+        key = (*conditions, *levels.tolist())
+        if key not in known:
+            known[key] = trace(denoiser, conditions, shape, clip, levels)
+        return copy.deepcopy(known[key])
+
+    onnx_file.all_steps = once
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The checkpoints, and their exports by name."""
     folder = tmp_path_factory.mktemp("onnx")
     plain = student(folder / "plain.pt", 4)
-    guided = student(folder / "guided.pt", 2, num_classes=10, guidance=True)
-    ranged = student(folder / "ranged.pt", 2, clip=True)
+    guided = student(folder / "guided.pt", 2, clip=True, num_classes=10, guidance=True)
     exports = {
         "plain": [plain],
         "fp16": [plain, "--precision", "fp16"],
         "int8": [plain, "--precision", "int8"],
         "guided": [guided],
         "one step": [guided, "--one_step"],
-        "ranged": [ranged, "--one_step"],
     }
     found = {name: folder / f"{name}.onnx" for name in exports}
     commands = [[*map(str, a), "--output", str(found[n])] for n, a in exports.items()]
-    run_alone("tools.export_onnx", *commands)
-    return found | {"plain.pt": plain, "guided.pt": guided, "ranged.pt": ranged}
+    run_alone("tools.export_onnx", *commands, before=trace_once)
+    return found | {"plain.pt": plain, "guided.pt": guided}
 
 
 def drawn(path, count, **given):
@@ -98,28 +110,18 @@ def test_labels_and_guidance_are_inputs(files):
     assert share_that_differs(unguided, images) > 0.01
 
 
-def test_one_step_is_the_denoiser(files):
+def test_one_step_is_the_denoiser_in_its_range(files):
     checkpoint = load_checkpoint(files["guided.pt"])
     denoise = load_denoiser(checkpoint, files["guided.pt"], CPU)
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(64, *image_shape(checkpoint.config), generator=rng)
-    logsnr = torch.linspace(-20, 20, 64)
+    logsnr = torch.linspace(-5, 5, 64)
     named = {"label": torch.arange(64) % 11 - 1, "guidance": torch.linspace(0, 4, 64)}
     expected = denoise(z, logsnr, **named)
     x, eps = read_onnx(files["one step"])(z=z, logsnr=logsnr, **named)
     for ours, theirs in ((x, expected.x), (eps, expected.eps)):
         assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max().item())
-
-
-def test_one_step_of_a_model_in_range_is_in_range(files):
-    checkpoint = load_checkpoint(files["ranged.pt"])
-    z = 3 * torch.randn(8, *image_shape(checkpoint.config))
-    logsnr = torch.linspace(-5, 5, 8)
-    x, eps = read_onnx(files["ranged"])(z=z, logsnr=logsnr)
-    expected = load_denoiser(checkpoint, files["ranged.pt"], CPU)(z, logsnr)
-    assert x.abs().max() == 1
-    torch.testing.assert_close(x, expected.x, rtol=0, atol=1e-4)
-    torch.testing.assert_close(eps, expected.eps, rtol=1e-4, atol=1e-3)
+    assert x.abs().max() == 1, "diffusion.clip"
 
 
 def test_smaller_weights_make_smaller_files_and_nearly_the_same_images(files):
