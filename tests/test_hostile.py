@@ -1,5 +1,5 @@
-"""Kills, damaged files and checkpoints made to do harm: pickles that run code, entries that lead out
-of a folder or ask for too much memory. None does."""
+"""Kills, damaged files, and checkpoints made to do harm: pickles that run code, entries that lead
+out of a folder or ask for too much memory. None does."""
 
 import contextlib
 import copy
