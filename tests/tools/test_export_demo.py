@@ -49,7 +49,7 @@ def network(path, steps=None, seed=0, data=None, **model):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The checkpoints, and two folders: the second one exported in another order, without the guided one."""
+    """The checkpoints, and two folders: the second one in another order, and without the guided."""
     folder = tmp_path_factory.mktemp("demo")
     found = {
         "teacher": network(folder / "teacher.pt"),
