@@ -45,12 +45,15 @@ class Comparison:
     """Measures sets of images against the same real images.
 
     extract: the frozen network; real: the real images; with_training: whether to look for memorised
-    training images too.
+    training images too. What takes long, and is asked for again by another row or picture, is kept
+    by the images' digest.
     """
 
     def __init__(self, extract: Extractor, real: RealImages, with_training: bool = True) -> None:
         self.extract, self.real = extract, real
         self.reference = extract(real.reference, "features of real images")
+        self._logits: dict[str, Tensor | None] = {}
+        self._in_pixels: dict[str, tuple[Tensor, Tensor]] = {}
         self.training = None
         if with_training and real.training is not None:
             self.training = extract(real.training, "features of training images")
@@ -109,16 +112,34 @@ class Comparison:
         if self.real.training is None or self.training is None:
             return None, None
         near = {
-            "pixels": nearest(flat(images[:NEAREST]), flat(self.real.training))[0],
+            "pixels": self.nearest_in_pixels(images, self.real.training)[0],
             "features": nearest(features.values[:NEAREST], self.training.values)[0],
         }
         return tuple(share_nearer(near[key], self.real_nearest[key]) for key in near)  # type: ignore[return-value]
+
+    def nearest_in_pixels(
+        self, images: Images, training: UInt8[Tensor, "m c h w"]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the distances of the first images to training images, and their indices."""
+        first = images[:NEAREST]
+        key = digest(first)
+        if key not in self._in_pixels:
+            self._in_pixels[key] = nearest(flat(first), flat(training))
+        return self._in_pixels[key]
+
+    def logits_of(self, images: Images, features: Features | None = None) -> Tensor | None:
+        """Returns the classifier's logits, if it has some. features: if they are known already."""
+        key = digest(images)
+        if key not in self._logits:
+            self._logits[key] = (features or self.extract(images)).logits
+        return self._logits[key]
 
     def drawn(self, job: Job, partners: Partners, gallery: Gallery) -> Row:
         """Returns the row of a job, whose images the gallery has or draws."""
         images = _images_of(job, gallery)
         features = self.extract(images)
         pixels, nearness = self.memorised(images, features)
+        own = self.logits_of(images, features)
 
         def against(other: Job | None) -> tuple[float | None, float | None]:
             """Returns squared distance and share of equal classes between both jobs' images."""
@@ -126,10 +147,10 @@ class Comparison:
                 return None, None
             theirs = _images_of(other, gallery)
             distance = squared_distance(images, theirs)
-            if features.logits is None:
+            if own is None:
                 return distance, None
-            logits = self.extract(theirs).logits
-            return distance, None if logits is None else agreement(features.logits, logits)
+            logits = self.logits_of(theirs)
+            return distance, None if logits is None else agreement(own, logits)
 
         to_teacher, teachers_class = against(partners.teacher)
         to_base, same_class = against(partners.base)
@@ -161,7 +182,7 @@ class Comparison:
         """Writes a picture of the samples closest to a training image, with that image below."""
         if self.real.training is None:
             return
-        distances, indices = nearest(flat(images[:NEAREST]), flat(self.real.training))
+        distances, indices = self.nearest_in_pixels(images, self.real.training)
         closest = distances.argsort()[:PICTURED]
         below = self.real.training[indices[closest].long()]
         save_png(path, make_grid(torch.cat([images[closest], below]), columns=PICTURED), scale=2)

@@ -17,9 +17,10 @@ import evaluate
 import sample
 import train
 from evaluation.comparison import Comparison, Partners, plan_jobs
+from evaluation.features import Extractor
 from evaluation.gallery import CHUNK, Gallery, RealImages, real_images
 from evaluation.jobs import with_engine
-from evaluation.quality import Quality, asked_share
+from evaluation.quality import Quality, asked_share, nearest
 from evaluation.results import Results, Row
 from evaluation.tables import summary
 from pipeline.build import build_denoiser, build_network
@@ -208,6 +209,25 @@ def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, cap
     assert run(evaluate, *command) == 0
     assert sum(len(indices) for indices in drawn) == CHUNK
     assert chunk.read_bytes() == whole, "an image is a function of seed and index"
+
+
+def test_no_images_are_searched_or_looked_at_twice(workshop, tmp_path, monkeypatch):
+    folder = shutil.copytree(workshop["measured"], tmp_path / "again")
+    for path in (folder / "results.json", *folder.glob("nearest-*.png")):
+        path.unlink()
+    searched, seen = [], []
+    extract = Extractor.__call__
+    monkeypatch.setattr(
+        "evaluation.comparison.nearest", lambda a, b: searched.append(a) or nearest(a, b)
+    )
+    monkeypatch.setattr(
+        Extractor, "__call__", lambda self, a, *b: seen.append(digest(a)) or extract(self, a, *b)
+    )
+    assert run(evaluate, *workshop["command"][:-1], folder) == 0
+    jobs = [row for row in rows_of(folder) if row["steps"]]
+    assert len(jobs) == len(list(folder.glob("nearest-*.png"))) > 5
+    assert len(searched) == 2 + 2 * len(jobs), "in pixels and in features, of real images as well"
+    assert len(seen) <= len(set(seen)) + 1, "the base's most steps, for its rows of fewer steps"
 
 
 def test_tables_and_pictures_that_a_stop_left_out_are_made(workshop, tmp_path):
