@@ -83,7 +83,7 @@ results: $(VENV)/.installed-dev
 
 # Students of 8, 4 and 2 steps straight from the teacher, each with the weights of the one before to begin with, and
 # one of a single step from that of 2, with the pseudo-Huber loss. LONG=1 trains them as the published ones were, on
-# five times as many images in all: those of 8 and 4 from the teacher's weights and in four parts, on an adaptive grid
+# ten times as many images in all: those of 8 and 4 from the teacher's weights and in four parts, on an adaptive grid
 # until the last. Large batches are for a GPU.
 TRACT = output/distilled/$(if $(LONG),mnist_tract,mnist_straight)
 OF_TRACT = $(RANKS) distill.py --config_path configs/mnist_tract.yaml
@@ -103,6 +103,7 @@ define IN_PARTS
 endef
 HALVED = $(OF_TRACT) --teacher_model_checkpoint $(TRACT)_2/student-2.pt --set $(ENGINE) distillation.ladder=[2,1] \
 	distillation.method=progressive
+OF_64 = distillation.batch_size=64 distillation.learning_rate=2.8e-4
 HUBER = "distillation.losses={pseudo_huber: 1.0}"
 tract: $(VENV)/.installed-dev
 ifdef LONG
@@ -119,11 +120,11 @@ ifdef LONG
 	$(PUBLISH) $(foreach n,8 4,$(TRACT)_$(n)_noisy/student-$(n).pt) $(TRACT)_2/student-2.pt \
 		$(TRACT)_1_last/student-1.pt --name mnist-tract
 else
-	$(call TO,8) distillation.grid=$(GRID_8) --output $(TRACT)_8
-	$(call TO,4) distillation.grid=$(GRID_4) distillation.updates_per_stage=5500 --output $(TRACT)_4 \
+	$(call TO,8) $(OF_64) distillation.grid=$(GRID_8) distillation.updates_per_stage=1500 --output $(TRACT)_8
+	$(call TO,4) $(OF_64) distillation.grid=$(GRID_4) distillation.updates_per_stage=1200 --output $(TRACT)_4 \
 		--initialise $(TRACT)_8/student-8.pt
-	$(call TO,2) distillation.updates_per_stage=4500 --output $(TRACT)_2 --initialise $(TRACT)_4/student-4.pt
-	$(HALVED) $(HUBER) distillation.updates_per_stage=6000 --output $(TRACT)_1
+	$(call TO,2) $(OF_64) distillation.updates_per_stage=1000 --output $(TRACT)_2 --initialise $(TRACT)_4/student-4.pt
+	$(HALVED) $(OF_64) $(HUBER) distillation.updates_per_stage=1700 --output $(TRACT)_1
 	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
 endif
 
