@@ -14,6 +14,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import pytest
+import torch
+
 PRELOADED = [
     "train",
     "distill",
@@ -71,6 +74,33 @@ def run_together(count, module, *arguments, before=None):
     return said
 
 
+def require_same_training(before, one, two):
+    """Two trainings from the same weights led to the same ones, up to rounding.
+
+    Adam divides by the gradient's size, so rounding shows where a gradient is almost nothing.
+    """
+    moved, apart = 0.0, 0.0
+    for key, value in one.weights.items():
+        start = before.weights.get(key, torch.zeros(()))  # or an input of the student's own
+        moved += (value - start).square().sum().item()
+        apart += (value - two.weights[key]).square().sum().item()
+    assert moved > 0
+    assert apart**0.5 < 0.1 * moved**0.5
+
+
+def require_same_metrics(one, two):
+    """The losses and gradients in these folders are the same, up to rounding."""
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (one, two)]
+    assert len(lines[0]) == len(lines[1])
+    for a, b in zip(*lines, strict=True):
+        if "loss" not in a:
+            continue
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
+        by_level = {key: a[key] for key in a if key.startswith("loss_logsnr_")}
+        assert by_level == pytest.approx({key: b.get(key) for key in by_level}, rel=1e-3)
+
+
 def fewer_real_images():
     """The features of all 80,000 take half a minute."""
     from evaluation import gallery
@@ -85,8 +115,6 @@ def fewer_real_images():
 
 
 def _run(around, log, module, arguments, before):
-    import torch
-
     os.environ.update(around)
     torch.set_num_threads(1)
 

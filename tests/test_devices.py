@@ -137,7 +137,7 @@ def test_a_run_is_trained_distilled_continued_and_sampled(precision, tmp_path):
         assert arrays["arr_0"].shape == (5, 32, 32, 1)
 
 
-def test_a_device_without_float64_trains_and_samples_alike(tmp_path, monkeypatch):
+def test_a_device_without_float64_trains_and_distils(tmp_path, monkeypatch):
     """As Apple's mps: the noise levels are float32 there, but computed in float64 on the CPU."""
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(short(model={"dropout": 0.0})))

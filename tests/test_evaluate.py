@@ -30,6 +30,7 @@ from pipeline.data import read_mnist
 from pipeline.sampling import SampleRequest
 from tests.toys import tiny
 from tools import publish
+from utils.command import InputError
 from utils.processes import World
 
 CPU = torch.device("cpu")
@@ -472,6 +473,33 @@ def test_other_noise_is_measured_anew_and_equal_names_are_refused(workshop, tmp_
     assert run(evaluate, "--checkpoint", twin, workshop["published"][2], "--output", out) == 2
     assert "tiny-2-steps: two files of this name" in capsys.readouterr().err
     assert run(publish, "--checkpoint", twin, twin, "--name", "x", "--output", tmp_path) == 2
+
+
+def test_the_data_set_may_lie_elsewhere(workshop, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(workshop["measured"], tmp_path / "again")
+    command = (*workshop["command"][:-1], folder)
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "mnist").symlink_to(Path("data/mnist").resolve())
+    monkeypatch.chdir(tmp_path)
+    assert run(evaluate, *command) == 2
+    assert "data/mnist" in capsys.readouterr().err
+    assert run(evaluate, *command, "--data_root", tmp_path / "sets") == 0
+
+
+def test_real_images_of_a_folder_are_two_sets_of_different_ones(tmp_path):
+    for n in range(101):
+        Image.new("L", (32, 32), n).save(tmp_path / f"{n}.png")
+    config = make_config(tiny(data={"name": "image_folder", "root": str(tmp_path)}), "x")
+    real = real_images(config)
+    values = [images[:, 0, 0, 0].tolist() for images in (real.reference, real.floor)]
+    assert len(values[0]) == len(values[1]) == 50
+    assert len({*values[0], *values[1]}) == 100
+    assert values[0] != sorted(values[0])
+    assert real.training is None
+    for n in (0, 1):
+        (tmp_path / f"{n}.png").unlink()
+    with pytest.raises(InputError, match="99 images; to compare takes at least 100"):
+        real_images(config)
 
 
 def test_real_images_are_in_no_order():

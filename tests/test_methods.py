@@ -27,7 +27,7 @@ from pipeline.config import load_config
 from pipeline.data import open_dataset
 from pipeline.network import build_network, build_schedule, load_weights
 from pipeline.sampling import SampleRequest
-from tests.processes import run_together
+from tests.processes import require_same_metrics, require_same_training, run_together
 from tests.toys import tiny
 from training.stage import student_stages
 from training.stages import make_objective
@@ -531,6 +531,20 @@ def test_a_teacher_never_shown_images_without_their_class_cannot_be_guided(tmp_p
     command = ("--config_path", config, "--teacher_model_checkpoint", base)
     line = refused(capsys, distill, *command, "--output", tmp_path / "ladder")
     assert "training.label_dropout" in line
+    drawn = ("--count", 1, "--output", tmp_path / "x.npz", "--steps", 1)
+    assert main(sample, "--checkpoint", base, "--guidance", 2, *drawn) == 0
+    assert (
+        "warning: this model was never shown images without their class" in capsys.readouterr().err
+    )
+
+
+def test_a_weight_that_a_student_was_not_distilled_for_is_warned_of(ladders, tmp_path, capsys):
+    folder, _ = ladders("guided")
+    for weight in (4, 9):
+        drawn = ("--count", 1, "--output", tmp_path / "x.npz", "--guidance", weight)
+        assert main(sample, "--checkpoint", folder / "student-8.pt", *drawn) == 0
+        warned = "--guidance 9: this student was distilled for 0.0 to 4.0"
+        assert (warned in capsys.readouterr().err) == (weight == 9)
 
 
 def test_a_guided_teacher_has_students_that_take_the_weight(ladders, tmp_path, capsys):
@@ -599,5 +613,5 @@ def test_two_processes_distil_what_one_distils(name, ladders, teachers, tmp_path
     last = f"student-{LADDERS[name]['ladder'][-1]}.pt"
     one, other = load_checkpoint(folder / last), load_checkpoint(two / last)
     assert one.grid == other.grid
-    for key, value in one.weights.items():
-        torch.testing.assert_close(other.weights[key], value, rtol=1e-3, atol=2e-4)
+    require_same_training(load_checkpoint(teacher_of(name, teachers)), one, other)
+    require_same_metrics(folder, two)

@@ -47,8 +47,9 @@ def test_noise_added_to_q_s_gives_q_m(level, share, seed):
     torch.testing.assert_close(variance, sigma_m**2 * one)
 
 
-def features(z, logsnr):
+def features(z, logsnr, label=None):
     """Of a toy: what a frozen network might see."""
+    z = z if label is None else z + label.reshape(-1, 1, 1, 1) / 10
     return [z, torch.cat([z.square(), logsnr.reshape(-1, 1, 1, 1).to(z.dtype).expand_as(z)], dim=1)]
 
 
@@ -108,7 +109,8 @@ def test_the_students_term_and_the_critics_are_the_formulas(adversary):
     ends = torch.tensor([[0.5, 0.5, 0.5, INF, INF, INF], [INF] * 6], dtype=torch.float64)
     example = Example(prediction, prediction, x, logsnr, ends[0])
     drawn = {name: value.double() for name, value in adversary.draw(rng, x.shape).items()}
-    loss = adversary.loss(example, student, ends, {}, drawn)
+    label = torch.arange(6)
+    loss = adversary.loss(example, student, ends, {"label": label}, drawn)
     loss.mean().backward(retain_graph=True)
 
     level = further_level(ends[-1], 0.03 + 0.6 * drawn["share"])
@@ -118,7 +120,7 @@ def test_the_students_term_and_the_critics_are_the_formulas(adversary):
     real = diffuse(x, drawn["of_real"], level)
 
     def judge(z):
-        return adversary.critic(features(z, level))
+        return adversary.critic(features(z, level, label))
 
     wanted = 0.5 * F.softplus(-judge(fake)).mean(1)
     torch.testing.assert_close(loss, wanted)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from diffusion.adversarial import Adversary, onward
 from diffusion.distillation import METHODS, distillation_loss, distillation_target, target_weights
 from diffusion.gaussian import (
     OUTPUT_TYPES,
@@ -271,6 +272,41 @@ def test_a_consistency_target_is_the_averages_x_hat_one_step_down():
     torch.testing.assert_close(target[1:], average(stepped, levels[1]).x[1:])
     # from the last level above the data the teacher's own step ends there
     torch.testing.assert_close(target[0], teacher(z, levels[0]).x[0])
+
+
+def test_an_adversary_goes_on_from_the_end_of_each_transition():
+    seen = []
+
+    class Stub(Adversary):
+        def __init__(self):
+            pass
+
+        def draw(self, rng, shape):
+            return {"share": torch.rand(shape[0], generator=rng)}
+
+        def loss(self, example, denoise, levels, condition, drawn):
+            seen.append((example, levels, condition, drawn))
+            return torch.full((len(example.x),), 100.0)
+
+    def network(z, logsnr, label, guidance):
+        return z
+
+    student = Denoiser(network, "v")
+    paths = neighbours(uniform_grid(COSINE, 8), uniform_grid(COSINE, 4))
+    given = (student, [student] * 2, paths, LOSSES["snr_trunc"])
+    objectives = [
+        distillation_objective(*given, guidance=(1.0, 3.0), adversary=adversary)
+        for adversary in (None, Stub())
+    ]
+    drawn = objectives[1].draw(torch.Generator().manual_seed(0), torch.Size([16, 1, 4, 4]))
+    x, label = torch.randn(16, 1, 4, 4), torch.arange(16) % 10
+    (without, _), (losses, _) = (o.loss(x, {"label": label}, drawn) for o in objectives)
+    torch.testing.assert_close(losses, without + 100.0)
+    ((example, levels, condition, its),) = seen
+    assert torch.equal(levels, onward(paths)[:, drawn["i"]])
+    assert torch.equal(example.x, x)
+    assert condition.keys() == {"label"}, "the critic's network takes no guidance weight"
+    assert its is drawn
 
 
 def test_guidance_reaches_the_student_and_the_teacher_alike():

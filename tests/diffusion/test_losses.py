@@ -14,6 +14,7 @@ from diffusion.losses import (
     weighted_sum,
 )
 from diffusion.objectives import denoising_loss
+from diffusion.random_features import feature_maps
 from tests.toys import STUDENTS
 
 WEIGHTS = {
@@ -94,6 +95,25 @@ def test_a_weighted_sum_is_the_sum_of_its_terms():
     loss = weighted_sum({"constant": 2.0, "perceptual": 0.5})(one)
     torch.testing.assert_close(loss, 2 * LOSSES["constant"](one) + 0.5 * perceptual(one))
     assert torch.equal(weighted_sum({"constant": 1.0})(one), LOSSES["constant"](one))
+
+
+def test_the_perceptual_distance_is_that_to_the_target_in_random_features():
+    x_hat, x, target = torch.randn(3, 2, 1, 8, 8)
+    loss = perceptual(example(x_hat, x, target=target))
+    assert torch.equal(loss, perceptual(example(x_hat, target, target=target))), "not to the image"
+    by_map = []
+    for maps in zip(feature_maps(x_hat), feature_maps(target), strict=True):
+        for a, b in zip(*maps, strict=True):
+            a, b = (m / m.square().sum(1, keepdim=True).sqrt() for m in (a, b))
+            by_map.append((a - b).square().sum(1).mean((1, 2)))
+    torch.testing.assert_close(loss, torch.stack(by_map).mean(0))
+
+
+def test_the_energy_distance_is_that_to_the_images():
+    x_hat, x, target = torch.randn(3, 4, 1, 8, 8)
+    near, far = (energy(example(x_hat, x, target=t)) for t in (x, target))
+    assert torch.equal(near, far), "not to the target"
+    assert not torch.equal(near, energy(example(x_hat, target, target=x)))
 
 
 def blobs(count, spread, rng):

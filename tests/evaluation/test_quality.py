@@ -14,6 +14,7 @@ from evaluation.digits import (
 )
 from evaluation.features import Features, brightness, make_extractor
 from evaluation.quality import (
+    agreement,
     class_shares,
     confident_share,
     flat,
@@ -23,6 +24,7 @@ from evaluation.quality import (
     nearest,
     precision_and_recall,
     share_nearer,
+    squared_distance,
 )
 from pipeline.data import fit, read_mnist
 from utils.command import InputError
@@ -201,3 +203,21 @@ def test_missing_weights_are_one_line(tmp_path):
         load_digit_network(CPU, tmp_path / "digits.safetensors")
     with pytest.raises(InputError, match="--features vgg: not one of digits, inception"):
         make_extractor("vgg", CPU)
+
+
+# --- relations between sets of images -------------------------------------------------------------
+
+
+def test_sets_are_compared_image_by_image_in_the_models_range():
+    black = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    white = torch.full_like(black, 255)
+    assert squared_distance(black, white) == 4.0
+    mixed = torch.cat([black[:1], white[1:], white])  # two of the first three differ
+    assert squared_distance(black, mixed) == squared_distance(mixed, black) == pytest.approx(8 / 3)
+
+
+def test_agreement_is_the_share_of_equal_classes():
+    logits = 5 * torch.eye(4)
+    assert agreement(logits, logits) == 1.0
+    assert agreement(logits, logits[[0, 1, 3, 2]]) == 0.5
+    assert agreement(logits[:3], logits[[1, 0, 2, 2]]) == pytest.approx(1 / 3)

@@ -157,7 +157,7 @@ def test_the_output_depends_on_everything(resample):
     z, logsnr = torch.randn(2, 1, 16, 16), torch.tensor([-1.0, 1.0])
     output = network(z, logsnr, torch.tensor([0, 1]))
     assert not torch.allclose(output, network(z, logsnr + 1, torch.tensor([0, 1])))
-    assert not torch.allclose(output, network(z, logsnr, torch.tensor([0, 2]))[1])
+    assert not torch.allclose(output[1], network(z, logsnr, torch.tensor([0, 2]))[1])
     for parameter in network.parameters():
         parameter.grad = None
     output.sum().backward()

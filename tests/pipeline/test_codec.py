@@ -96,6 +96,20 @@ def test_pixels_come_back_exactly():
     assert torch.equal(PIXELS.decode(PIXELS.encode(every)), every)
 
 
+def test_a_decoded_image_is_what_the_autoencoder_makes_of_it(file):
+    """The scale of the latents is taken off again. 40 images are decoded in two parts."""
+    from pipeline.autoencoder_file import build_autoencoder, read_autoencoder
+
+    codec = open_codec(completed(latent_config(file)).codec, CPU)
+    found = read_autoencoder(file)
+    network = build_autoencoder(found.sizes, found.weights, CPU)
+    with torch.no_grad():
+        wanted = PIXELS.decode(network.decode(network.moments(PIXELS.encode(IMAGES))[0]))
+    made = codec.decode(codec.encode(IMAGES))
+    assert made.float().std() > 1
+    assert (made.int() - wanted.int()).abs().max() <= 1
+
+
 def test_latents_have_mean_0_and_variance_1(file):
     x = open_codec(completed(latent_config(file)).codec, CPU).encode(IMAGES)
     std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)

@@ -128,7 +128,7 @@ def test_a_config_without_resample_keeps_its_residual_blocks():
 )
 def test_a_wrong_value_is_one_line_with_its_key(values, key, hint):
     message = error_of(values)
-    assert f": {key}: " in message or key in message
+    assert f": {key}: " in message
     assert hint in message
 
 
@@ -378,10 +378,12 @@ def test_any_name_is_printed_as_text(name):
 
 @given(st.text(min_size=1, max_size=20))
 def test_printed_text_is_read_as_printed(text):
-    with suppress(InputError):  # it is no path
+    try:
         config = make_config({"data": {"root": text}}, "x")
-        written = write_yaml(config.model_dump(mode="json"))
-        assert parse_yaml(written, "x")["data"]["root"] == text
+    except InputError:  # it is no path
+        return
+    written = write_yaml(config.model_dump(mode="json"))
+    assert parse_yaml(written, "x")["data"]["root"] == text
 
 
 # --- the ladder -----------------------------------------------------------------------------

@@ -393,20 +393,3 @@ def test_every_name_is_used():
     """A pattern that matches nothing in any network would be a mistake or a dead rule."""
     weights = checkpoint_of({"channel_multipliers": [1, 2]}).weights
     assert [p for p in NAMES if not any(re.search(p, name) for name in weights)] == []
-
-
-def test_an_exported_model_can_be_imported_and_exported_again(tmp_path):
-    importer = pytest.importorskip("tools.import_diffusers")
-    checkpoint = checkpoint_of({}, None, warp=1.0, sampling={"steps": 8})
-    export(tmp_path, checkpoint)
-    back = tmp_path / "back.safetensors"
-    data = ["--set", "data.name=cifar10"]
-    assert importer.main([str(tmp_path / "out"), "--output", str(back), *data]) == 0
-    imported = load_checkpoint(back)
-    assert share_apart(ours(imported, 8, steps=8), ours(checkpoint, 8))[0] <= 1e-3
-    again = [str(back), "--output", str(tmp_path / "again"), "--steps", "4"]
-    assert export_diffusers.main(again) == 0
-    drawn = theirs(load(tmp_path / "again"), 8, 4, True)
-    share, most = share_apart(drawn, ours(imported, 8, steps=4))
-    assert share <= 1e-3
-    assert most <= 1

@@ -2,19 +2,21 @@ import copy
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
 from torch import nn
 
-from diffusion.gaussian import OUTPUT_TYPES, Denoiser
+from diffusion.gaussian import OUTPUT_TYPES, Denoiser, Prediction
 from diffusion.grids import uniform_grid
-from diffusion.losses import SQUARED_ERRORS, weighted_sum
+from diffusion.losses import SQUARED_ERRORS, Example, weighted_sum
 from diffusion.objectives import Objective, denoising_objective, distillation_objective
 from diffusion.paths import neighbours
 from models.critic import Critic
 from pipeline.build import build_denoiser
+from pipeline.checkpoint import Checkpoint
 from pipeline.codec import encode
 from pipeline.config import make_config
 from pipeline.data import MemoryDataset
@@ -22,10 +24,10 @@ from pipeline.network import build_network, load_weights
 from tests.toys import COSINE, tiny
 from training.loop import Callbacks, rows_of_process, run_stage, train_updates
 from training.metrics import LossBins, MetricsLog, read_metrics, sample_statistics
-from training.resume import StageFiles
+from training.resume import StageFiles, require_same_everywhere
 from training.stage import base_stage, student_stages
 from training.stages import train_stage
-from training.starts import Run, base_start, student_start
+from training.starts import Run, base_start, features_of, student_start
 from training.trainee import ema_decay_at, load_optimizer, make_optimizer, make_trainee, update_ema
 from utils.command import DataError, InputError
 from utils.processes import World
@@ -310,7 +312,7 @@ def test_the_labels_of_a_conditional_run_are_its_images_own(stage):
 # --- the loop -------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_loss_and_fills_the_average():
+def test_training_lowers_the_loss():
     config = make_config(tiny(model={"patch_size": 2, "attention_resolutions": []}), "x")
     trainee, plan = begin(config), make_stage(updates=60, learning_rate=1e-2)
     images = digits()
@@ -319,8 +321,38 @@ def test_training_lowers_the_loss_and_fills_the_average():
     history = [m.loss for m in train_updates(trainee, plan, images, losses, ALONE)]
     assert len(history) == trainee.update == 60
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
-    pairs = zip(trainee.network.parameters(), trainee.ema.parameters(), strict=True)
-    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def linear(stage, *gradients):
+    """A network of one weight, 3, after steps with these gradients, and its history: 3, w1, .."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, 3.0)
+    trainee, history = make_trainee(network, stage, ALONE), [3.0]
+    for gradient in gradients:
+        network.weight.grad = torch.full((1, 1), gradient)
+        trainee.step(stage, 0.1)
+        trainee.update += 1
+        history.append(network.weight.item())
+    return trainee, history
+
+
+def test_each_average_follows_the_weights_by_its_own_decay():
+    stage = make_stage(ema_decay=0.15, walker_decay=0.5)
+    trainee, (start, first, second) = linear(stage, 1.0, -5.0)
+    assert start > first != second
+    average = 0.1 * start + 0.9 * first  # (1 + n) / (10 + n) is smaller at first
+    assert trainee.ema.weight.item() == pytest.approx(0.15 * average + 0.85 * second)
+    assert trainee.walker.weight.item() == pytest.approx(0.25 * start + 0.25 * first + 0.5 * second)
+
+
+def test_weights_decay_towards_zero_and_are_pulled_to_where_they_began():
+    """Both decoupled from Adam, whose first step is the rate against the gradient's sign."""
+    _, (_, plain) = linear(make_stage(), 2.0)
+    assert plain == pytest.approx(3.0 - 0.1)
+    _, (_, decayed) = linear(make_stage(weight_decay=0.5), 2.0)
+    assert decayed == pytest.approx(3.0 * (1 - 0.1 * 0.5) - 0.1)
+    _, (_, pulled) = linear(make_stage(pull=0.5), 2.0)
+    assert pulled == pytest.approx(plain + 0.1 * 0.5 * (3.0 - plain))
 
 
 def test_an_update_is_a_function_of_seed_stage_and_update():
@@ -439,6 +471,79 @@ def test_a_student_has_no_dropout_and_no_average(tmp_path, monkeypatch):
     assert all(m.p == 0 for m in dropouts)
 
 
+def of_some_example(loss):
+    """What a loss says of an example whose parts all differ."""
+    x_hat, eps_hat, x_target, eps_target, x = torch.randn(5, 4, 1, 16, 16)
+    level = torch.tensor([-2.0, 1.0, 3.0, 5.0])
+    end = torch.full((4,), torch.inf)
+    return loss(
+        Example(Prediction(x_hat, eps_hat), Prediction(x_target, eps_target), x, level, end)
+    )
+
+
+def test_a_base_models_objective_is_that_of_its_config(tmp_path, monkeypatch):
+    training = {"times": "stratified", "label_dropout": 0.25, "updates": 1}
+    model = {**tiny()["model"], "num_classes": 10}
+    values = tiny(training=training, model=model, diffusion={"loss_weight": "snr_trunc"})
+    made = []
+
+    def spy(denoiser, schedule, loss, **options):
+        made.append((schedule, loss, options))
+        return denoising_objective(denoiser, schedule, loss, **options)
+
+    monkeypatch.setattr("training.stages.denoising_objective", spy)
+    config = make_config(values, "x")
+    train_base(Run(config, "x", tmp_path, ALONE, digits()))
+    ((schedule, loss, options),) = made
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert torch.equal(schedule(t), COSINE(t))
+    torch.manual_seed(0)
+    found = of_some_example(loss)
+    torch.manual_seed(0)
+    assert torch.equal(found, of_some_example(SQUARED_ERRORS["snr_trunc"]))
+    assert options == {"stratified": True, "label_dropout": 0.25}
+
+
+def test_a_students_objective_is_that_of_its_config(tmp_path, monkeypatch):
+    weights = {"snr_trunc": 2.0, "energy": 0.5}
+    distillation = {
+        "ladder": [8, 2],
+        "losses": {**weights, "adversarial": 0.25},
+        "time_exponent": 3.0,
+        "guidance": [0.5, 2.0],
+        "updates_per_stage": 1,
+    }
+    config = make_config(
+        tiny(
+            model={**tiny()["model"], "num_classes": 10},
+            training={"label_dropout": 0.1},
+            distillation=distillation,
+        ),
+        "x",
+    )
+    run = Run(config, "x", tmp_path, ALONE, digits())
+    teacher = train_base(run)
+    made = []
+
+    def spy(*arguments):
+        made.append(arguments)
+        return distillation_objective(*arguments)
+
+    monkeypatch.setattr("training.stages.distillation_objective", spy)
+    features = features_of(config, (Path("base.pt"), teacher), CPU)
+    train_student(replace(run, features=features), teacher, 0)
+    ((_, legs, paths, loss, exponent, guidance, adversary),) = made
+    assert len(legs) == 4
+    assert torch.equal(paths, neighbours(uniform_grid(COSINE, 8), uniform_grid(COSINE, 2)))
+    torch.manual_seed(0)
+    found = of_some_example(loss)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, of_some_example(weighted_sum(weights)))
+    assert exponent == 3.0
+    assert guidance == (0.5, 2.0)
+    assert adversary.weight == 0.25
+
+
 def test_a_student_starts_as_its_teachers_average(tmp_path, monkeypatch):
     config = make_config(tiny(), "x")
     run = Run(config, "x", tmp_path, ALONE, digits())
@@ -470,6 +575,7 @@ def test_the_rate_falls_to_zero_in_every_stage(tmp_path):
             "training.stages.load_weights", lambda *a: started.append(a[1]) or load_weights(*a)
         )
         train_student(run, first, 1)
+    assert started
     assert all(weights is first.model for weights in started), "a student's raw weights"
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "learning_rate" in line]
     found = {stage: [m["learning_rate"] for m in lines if m["stage"] == stage] for stage in (1, 2)}
@@ -537,11 +643,35 @@ def test_only_the_leader_says_that_it_saved(tmp_path, rank, done):
     assert saves == ([1] if done == "saved" else [])
 
 
+def test_a_file_that_differs_between_machines_is_refused():
+    class Elsewhere(World):
+        def agree(self, value):
+            return value + 1
+
+    given = Path("x.pt"), {"weight": torch.ones(3)}
+    require_same_everywhere(*given, ALONE)
+    with pytest.raises(InputError, match=r"x\.pt: not the same file on all machines"):
+        require_same_everywhere(*given, Elsewhere(CPU))
+
+
+def test_the_scale_of_fp16_goes_on_where_it_was():
+    """Begun anew at its default it would skip updates until it fits."""
+    config = make_config(tiny(engine={"precision": "fp16"}), "x")
+    first, second = begin(config), begin(config)
+    assert first.scaler.is_enabled()
+    first.scaler.scale(torch.ones(1))  # or it has none yet
+    first.scaler.update(8.0)
+    stored = Checkpoint("base", "x", config, stage=0, **first.state())
+    second.restore(stored, Path("x.pt"))
+    assert second.scaler.get_scale() == 8.0
+
+
 def test_sample_statistics():
     images = torch.tensor([0, 0, 255, 51], dtype=torch.uint8).reshape(1, 1, 2, 2)
     statistics = sample_statistics(images)
     assert statistics["samples_mean"] == pytest.approx((-1 - 1 + 1 - 0.6) / 4)
     assert statistics["samples_clipped"] == 0.75
+    assert statistics["samples_variance"] == pytest.approx(images.float().var() / 127.5**2)
 
 
 @pytest.mark.parametrize(("keep", "milestone"), [(None, None), (2, None), (2, 3)])
@@ -635,7 +765,9 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(accumulate):
 
     slopes = torch.arange(8.0)
     objective = Objective(lambda rng, shape: {"slope": slopes}, losses)
-    stage = make_stage(updates=1, accumulate=accumulate)
-    trainee = make_trainee(network, stage, ALONE)
-    (metrics,) = train_updates(trainee, stage, digits(), objective, ALONE)
-    assert metrics.gradient_norm == pytest.approx(slopes.mean().item())
+    for limit, clipped in ((1.0, 1.0), (9.0, 3.5), (None, 3.5)):
+        stage = make_stage(updates=1, accumulate=accumulate, gradient_clip=limit)
+        trainee = make_trainee(network, stage, ALONE)
+        (metrics,) = train_updates(trainee, stage, digits(), objective, ALONE)
+        assert metrics.gradient_norm == pytest.approx(slopes.mean().item()) == 3.5
+        assert network.weight.grad.norm().item() == pytest.approx(clipped)

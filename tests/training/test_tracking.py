@@ -81,6 +81,10 @@ def noted(folder, what):
     return [entry for entry in entries if entry.pop("what") == what]
 
 
+# For what is the same with all of them.
+of_any_tracker = pytest.mark.parametrize("tracker", ["wandb"], indirect=True)
+
+
 def curves(folder):
     """{(curve, update): value} of a stage's TensorBoard files."""
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -120,6 +124,7 @@ def test_a_tracker_gets_the_curves_of_tensorboard(tracker, tmp_path):
         assert tracked(tmp_path, name) == pytest.approx(shown, rel=1e-6)
 
 
+@of_any_tracker
 def test_nothing_is_imported_or_kept_unless_asked_for(tracker, tmp_path):
     config = write_config(tmp_path, training={"updates": 1})
     assert run(train, "--config_path", config, "--output", tmp_path / "base") == 0
@@ -127,6 +132,7 @@ def test_nothing_is_imported_or_kept_unless_asked_for(tracker, tmp_path):
     assert not (tmp_path / "base" / "tracking.json").exists()
 
 
+@of_any_tracker
 def test_a_resumed_run_goes_on_in_the_same_tracked_run(tracker, tmp_path):
     """It sends no value twice; --restart begins another tracked run; a finished run sends none."""
     constant = {"learning_rate_decay": "none"}
@@ -143,6 +149,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracked_run(tracker, tmp_path):
     assert noted(tmp_path, "init")[-1]["name"] != first["name"]
 
 
+@of_any_tracker
 @pytest.mark.parametrize("what", ["import", "init", "log", "finish"])
 def test_a_tracker_that_fails_is_one_warning(tracker, tmp_path, capsys, monkeypatch, what):
     monkeypatch.setenv("BREAKS", what)
