@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from evaluation.curves import draw_distances
@@ -29,7 +29,7 @@ from evaluation.quality import (
     share_nearer,
     squared_distance,
 )
-from evaluation.results import FLOOR, NOISY, Key, Results, Row, read_results
+from evaluation.results import FLOOR, NOISY, Key, Results, Row, read_results, with_relations_of
 from evaluation.tables import write_results
 from pipeline.checkpoint import digest
 from utils.command import InputError, say
@@ -119,7 +119,7 @@ class Comparison:
 
     def nearest_in_pixels(
         self, images: Images, training: UInt8[Tensor, "m c h w"]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "k"], Float[Tensor, "k"]]:
         """Returns the distances of the first images to training images, and their indices."""
         first = images[:NEAREST]
         key = digest(first)
@@ -127,7 +127,9 @@ class Comparison:
             self._in_pixels[key] = nearest(flat(first), flat(training))
         return self._in_pixels[key]
 
-    def logits_of(self, images: Images, features: Features | None = None) -> Tensor | None:
+    def logits_of(
+        self, images: Images, features: Features | None = None
+    ) -> Float[Tensor, "n k"] | None:
         """Returns the classifier's logits, if it has some. features: if they are known already."""
         key = digest(images)
         if key not in self._logits:
@@ -294,13 +296,3 @@ def measure_all(
     write_results(output, results)  # again, in case an earlier call was stopped here
     draw_distances(output / "distances.png", results)
     return results
-
-
-def with_relations_of(before: Row, row: Row) -> Row:
-    """Returns the row with the relations an earlier call measured to jobs that are missing now."""
-    if row.to_teacher is None:
-        row = replace(row, to_teacher=before.to_teacher, teachers_class=before.teachers_class)
-    if (row.base_steps or 0) < (before.base_steps or 0):
-        keys = ("to_base", "same_class", "base_steps", "base_run")
-        row = replace(row, **{key: getattr(before, key) for key in keys})
-    return row

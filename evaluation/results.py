@@ -4,7 +4,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -126,6 +126,16 @@ def read_results(path: Path) -> Results | None:
         return TypeAdapter(Results).validate_python(values)
     except (ValueError, RecursionError):
         raise InputError(f"{path}: damaged; delete it to measure anew") from None
+
+
+def with_relations_of(before: Row, row: Row) -> Row:
+    """Returns the row with the relations an earlier call measured to jobs that are missing now."""
+    if row.to_teacher is None:
+        row = replace(row, to_teacher=before.to_teacher, teachers_class=before.teachers_class)
+    if (row.base_steps or 0) < (before.base_steps or 0):
+        keys = ("to_base", "same_class", "base_steps", "base_run")
+        row = replace(row, **{key: getattr(before, key) for key in keys})
+    return row
 
 
 def finest_base(results: Results, run: str | None = None) -> Row | None:
