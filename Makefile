@@ -129,7 +129,7 @@ else
 endif
 
 # Students trained with an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract
-# before; with LONG=1 the first two as they were after their first part), kept close to their teacher, and that of one
+# before; with LONG=1 the first two as they were after their first part, for longer), kept close to their teacher, and that of one
 # of the ladder. Where a student stays what it is, and is there only as the next one's teacher, it gets a single update.
 ON_GRID_8 = distillation.grid=$(if $(LONG),adaptive,$(GRID_8))
 ON_GRID_4 = distillation.grid=$(if $(LONG),adaptive,$(GRID_4))
@@ -143,9 +143,9 @@ ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,te
 	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 \
 	distillation.time_exponent=3.0 distillation.ema_decay=0.998 distillation.checkpoint_every=50 $(ENGINE)
 adversarial: $(VENV)/.installed-dev
-	$(call CLOSE,8) $(ON_GRID_8) distillation.updates_per_stage=1000 --output $(AS_WELL)_8 \
+	$(call CLOSE,8) $(ON_GRID_8) distillation.updates_per_stage=$(if $(LONG),1000,600) --output $(AS_WELL)_8 \
 		--initialise $(TRACT)_8/student-8.pt
-	$(call CLOSE,4) $(ON_GRID_4) distillation.updates_per_stage=1000 --output $(AS_WELL)_4 \
+	$(call CLOSE,4) $(ON_GRID_4) distillation.updates_per_stage=$(if $(LONG),1000,800) --output $(AS_WELL)_4 \
 		--initialise $(TRACT)_4/student-4.pt
 	$(call CLOSE,2) distillation.grid=adaptive distillation.updates_per_stage=900 --output $(AS_WELL)_2 \
 		--initialise $(call PUBLISHED,tract-2-steps)
