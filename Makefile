@@ -128,9 +128,10 @@ else
 	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
 endif
 
-# Students trained with an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract
-# before; with LONG=1 the first two as they were after their first part, for longer), kept close to their teacher, and that of one
-# of the ladder. Where a student stays what it is, and is there only as the next one's teacher, it gets a single update.
+# Students trained with an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract before; with
+# LONG=1 the first two as they were after their first part, and for longer), kept close to their teacher, and that of
+# one of the ladder. Where a student stays what it is, and is there only as the next one's teacher, it gets a single
+# update.
 ON_GRID_8 = distillation.grid=$(if $(LONG),adaptive,$(GRID_8))
 ON_GRID_4 = distillation.grid=$(if $(LONG),adaptive,$(GRID_4))
 AS_WELL = output/distilled/adversarial$(if $(LONG),,_straight)
