@@ -377,11 +377,11 @@ def test_the_background_is_measured_along_the_edge(base, capsys, few_real_images
 def test_all_that_a_gpu_is_asked_for_runs_on_a_cpu(tmp_path, capsys, monkeypatch, compiled):
     if not compiled:  # the tests of a device are among those that run now
         monkeypatch.setattr(gpu, "COMPILED", ())
-        monkeypatch.setattr(gpu, "device_tests", lambda *_: {"passed": 8, "failed": 0})
+        monkeypatch.setattr(gpu, "device_tests", lambda *_: {"passed": 0, "failed": 0})
     assert gpu.main(["--device", "cpu", "--small", "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["tests"]["failed"] == 0
-    assert result["tests"]["passed"] >= 8
+    assert result["tests"]["passed"] >= (8 if compiled else 0)
     assert result["resume"] == {"largest_difference": 0.0, "continued": True}, "on a CPU to the bit"
     assert not result["left_out"]
     assert {row["config"] for row in result["speed"]} == set(gpu.CONFIGS)
