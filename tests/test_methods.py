@@ -514,6 +514,18 @@ def test_what_cannot_be_distilled_is_refused_in_one_line(wrong, teachers, tmp_pa
     assert not list(output.glob("*.pt"))
 
 
+@pytest.mark.parametrize(("key", "value"), [("first_steps", 64), ("iterations", 2)])
+def test_halvings_beside_a_ladder_are_refused(key, value, teachers, tmp_path, capsys):
+    config = write_config(tmp_path / "tiny.yaml", ladder=[8, 4])
+    command = ("--config_path", config, "--teacher_model_checkpoint", teachers["progressive"])
+    line = refused(capsys, distill, *command, "--set", f"distillation.{key}={value}")
+    assert f"distillation.{key} does nothing beside distillation.ladder = [8, 4]" in line
+    asked = ("--set", "distillation.ladder=null", f"distillation.{key}={value}")
+    assert printed(capsys, *command, *asked)["distillation"][key] == value
+    other = ("--set", "distillation.ladder=[8,2]", f"distillation.{key}={value}")
+    assert printed(capsys, *command, *other)["distillation"]["ladder"] == [8, 2]
+
+
 def test_a_ladder_begins_with_the_steps_of_its_teacher(ladders, tmp_path, capsys):
     folder, _ = ladders("progressive")
     config = write_config(tmp_path / "tiny.yaml", ladder=[8, 2])

@@ -40,6 +40,7 @@ def distillation_config(
     values = override(before, overrides)
     old, section = (v.get("distillation") or {} for v in (before, values))
     if isinstance(old, dict) and isinstance(section, dict):
+        _require_no_other_ladder(section, overrides, where)
         section = section | _part(section, where, first_steps, iterations)
         values["distillation"] = section | _fitting_lists(old, section, where)
     given = make_config(values, where)
@@ -85,6 +86,18 @@ def _value(config: Config, key: str) -> Any:
 def _asked(key: str, overrides: list[str]) -> bool:
     """Whether the command line sets the key."""
     return any(item.startswith(f"{key}=") for item in overrides)
+
+
+def _require_no_other_ladder(section: dict[str, Any], overrides: list[str], where: str) -> None:
+    """Raises InputError for halvings asked for beside a ladder of the config, which would hold."""
+    if section.get("ladder") is None or _asked("distillation.ladder", overrides):
+        return
+    for key in ("first_steps", "iterations"):
+        if _asked(f"distillation.{key}", overrides):
+            raise InputError(
+                f"{where}: distillation.{key} does nothing beside distillation.ladder = "
+                f"{section['ladder']}; to halve the steps, set distillation.ladder=null too"
+            )
 
 
 def _require_guidance(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:
