@@ -1,7 +1,7 @@
 """What a GPU does with this project, in one command: python -m benchmarks.gpu (make gpu).
 
 Tests on the device, images a second of training, distillation and sampling by precision, a run that
-is stopped and continued, and a short training of the tutorial's network. Prints everything, and
+is stopped and continued, and a short training of the default network. Prints everything, and
 writes it as Markdown and JSON. Parts that the time does not suffice for are named.
 """
 
@@ -225,7 +225,7 @@ def resume_test(device: torch.device, output: Path) -> dict[str, Any]:
 
 
 def short_training(device: torch.device, output: Path, small: bool) -> dict[str, Any]:
-    """Trains the tutorial's network on MNIST for some updates, as its config says."""
+    """Trains the default network on MNIST for some updates, as its config says."""
     config, values = config_of("ddpm_32x32_v_continuous", small)
     updates = 3 if small else 300
     changes = [f"training.updates={updates}", "sampling.grid=16", "sampling.steps=32"]
@@ -354,7 +354,7 @@ def report(result: dict[str, Any]) -> str:
         f"- tests/test_devices.py: {tests['passed']} passed, {tests['failed']} failed.",
         "- Trained and distilled in one go, and continued from the middle of the training: the "
         f"weights differ by {resume['largest_difference']:.1e} at most.",
-        f"- The tutorial's network, {tutorial['updates']} updates in {tutorial['seconds']:.0f} s "
+        f"- The default network, {tutorial['updates']} updates in {tutorial['seconds']:.0f} s "
         f"with everything around them: loss {tutorial['first_loss']:.3f} -> "
         f"{tutorial['last_loss']:.3f}, {tutorial['images_per_second']:,.0f} images a second.",
         "",

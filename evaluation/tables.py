@@ -116,8 +116,8 @@ def summary(results: Results) -> str:
     count = finest.quality.count
     titles = sorted(curves, key=lambda title: (not title.endswith(DISTILLED), title))
     lines = [
-        f"Frechet distances, n = {count:,} where no other is said; in brackets a student's over "
-        f"that of its base model in {finest.steps} steps of DDIM:",
+        f"Frechet distances (n = {count:,} unless another is named); in brackets, a student's "
+        f"divided by that of its base model in {finest.steps} steps of DDIM:",
         "",
         f"| steps | {' | '.join(map(_cell, titles))} |",
         f"|{'---:|' * (len(titles) + 1)}",

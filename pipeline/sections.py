@@ -1,6 +1,6 @@
 """The sections of a config: frozen, checked values. Every key is used.
 
-The defaults are the tutorial's recipe (configs/ddpm_32x32_v_continuous.yaml), except for
+The defaults are those of configs/ddpm_32x32_v_continuous.yaml, except for
 model.resample: a config without that key keeps the network that it has always had.
 """
 
