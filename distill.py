@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from utils.command import (
     GO_ON,
-    InputError,
     add_common_arguments,
     path_name,
     run_script,
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--config_path", type=path_name, metavar="FILE.yaml", help=CONFIG)
     add("--initial_sampling_steps", type=int, metavar="N", help="the FIRST student's steps")
     count = whole_number(1, 2**20)
-    add("--distillation_iterations", type=count, metavar="N", help="stages; each halves the steps")
+    add("--distillation_iterations", type=count, metavar="N", help="the number of students")
     add("--initialise", nargs="+", default=[], type=path_name, metavar="FILE", help=INITIALISE)
     add_common_arguments(parser)
     return run_script(parser, argv, distill, GO_ON)
@@ -50,7 +49,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_checkpoint
     from pipeline.checkpoint_checks import require_name
     from pipeline.latents import with_codec
-    from training.folder import open_folder, require_same_ladder
+    from training.folder import open_folder, require_elsewhere, require_same_ladder
     from training.ladder import distillation_config
     from training.loop import rows_of_process
     from training.stage import student_stages
@@ -122,16 +121,6 @@ def train_ladder(
     report.finish()
     if run.world.leads:
         draw_loss_curve(run.output)
-
-
-def require_elsewhere(output: Path, *files: Path) -> None:
-    """Raises InputError if one of the files lies in the folder that the results go to."""
-    for path in files:
-        if path.parent.resolve() == output.resolve():
-            raise InputError(
-                f"{path}: is in {output}, with the results of its own run; give another folder "
-                "for those of this ladder (--output)"
-            )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def compared_with(
     from training.ladder import require_no_download
 
     if arguments.config_path is not None:
-        config = load_config(arguments.config_path, [])
+        config = load_config(arguments.config_path)
     elif checkpoints:
         config = next(iter(checkpoints.values())).config
     else:

@@ -20,6 +20,8 @@ Draw samples from a checkpoint, with the sampler and the steps it was made for. 
 one picture, a grid. With --count: a folder of PNG files, or one .npz (arr_0, uint8, NHWC). Names
 with the suffix of another file type (.webp, .zip, ..) are refused; a folder may be called run.1."""
 
+SAMPLERS = "ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++, consistency"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and samples. Returns the exit code: 0, 2 (bad input), 130."""
@@ -30,12 +32,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--count", type=count, metavar="N", help="number of images, as files instead of a grid")
     add("--batch_size", type=size, default=64, metavar="B", help="images at a time (64)")
     add("--output", type=path_name, metavar="X", help="a .png (grid), a folder or a .npz (--count)")
-    add("--trajectory", action="store_true", help="also write a GIF and a strip of the denoising")
+    add(
+        "--trajectory",
+        action="store_true",
+        help="also a GIF and a strip of the denoising, in one batch",
+    )
     add("--seed", type=SEED, default=0, help="image k is a function of the seed and k (0)")
     add("--labels", metavar="0,1,2", help="classes, in turn; --labels=-1: no class")
     add("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
     add("--steps", type=size, metavar="N", help="by default the checkpoint's own")
-    add("--sampler", help="ddim, ancestral, ancestral:large, ancestral:medium:F, dpm_solver++")
+    add("--sampler", help=SAMPLERS)
     add("--clip", action=argparse.BooleanOptionalAction, help="clip x_hat to [-1, 1] at each step")
     add_engine_arguments(parser)
     add_device_argument(parser)

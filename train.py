@@ -35,7 +35,7 @@ def train(arguments: argparse.Namespace) -> None:
     from pipeline.config import load_config
     from pipeline.latents import with_codec, with_folder_measured
     from pipeline.network import build_schedule
-    from training.folder import open_folder
+    from training.folder import open_folder, require_elsewhere
     from training.loop import rows_of_process
     from training.stage import base_stage
     from training.stages import train_stage
@@ -51,10 +51,14 @@ def train(arguments: argparse.Namespace) -> None:
     name, file = arguments.config_path.stem, arguments.initialise
     require_name(name, arguments.config_path)
     build_schedule(config)  # raises InputError if there is none
+    if config.model.guidance:
+        raise InputError(
+            f"{arguments.config_path}: model.guidance: true, but only students take the guidance "
+            "weight (distillation.guidance); leave it out"
+        )
     output = arguments.output or Path(config.output or f"output/{name}")
     initial = None if file is None else (file, load_checkpoint(file))
-    if file is not None and file.parent.resolve() == output.resolve():
-        raise InputError(f"{file}: lies in {output}, the folder of the new run; give another one")
+    require_elsewhere(output, *([] if file is None else [file]))
     config = with_codec(config, arguments.config_path)
     with join_world(arguments.device) as world:
         stage = base_stage(config)

@@ -44,5 +44,5 @@ def to_the_data(teacher: Grid, student: Grid) -> Paths:
 
     Consistency distillation (Song et al. 2023): TRACT with one segment.
     """
-    positions(teacher, student)
+    positions(teacher, student)  # raises ValueError unless the student's levels are the teacher's
     return segments(teacher, teacher[[0, -1]])

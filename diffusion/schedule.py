@@ -44,7 +44,10 @@ NO_FLOAT64 = ("mps",)  # types of devices
 
 def level_dtype(device: torch.device) -> torch.dtype:
     """The precision of noise levels on a device: float64, or float32 where there is no other."""
-    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
+    missing = device.type in NO_FLOAT64
+    if device.type == "xpu":  # some of Intel's GPUs have none
+        missing = not torch.xpu.get_device_properties(device).has_fp64
+    return torch.float32 if missing else torch.float64
 
 
 def on_device(levels: Float[Tensor, "*shape"], device: torch.device) -> Float[Tensor, "*shape"]:

@@ -1,1 +1,1 @@
-"""How good are the samples: trajectories, and the report of a ladder."""
+"""How good samples are: features, distances, tables, pictures, and the report of a ladder."""

@@ -2,19 +2,17 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from evaluation.curves import draw_distances
 from evaluation.features import Extractor, Features
 from evaluation.gallery import Gallery, RealImages
 from evaluation.jobs import Job, Partners
-from evaluation.jobs import plan_jobs as plan_jobs
 from evaluation.quality import (
     CONFIDENT,
     NEAREST,
@@ -44,18 +42,17 @@ PICTURED = 12  # samples shown with their nearest training images
 class Comparison:
     """Measures sets of images against the same real images.
 
-    extract: the frozen network; real: the real images; with_training: whether to look for memorised
-    training images too. What takes long, and is asked for again by another row or picture, is kept
-    by the images' digest.
+    extract: the frozen network; real: the real images. What takes long, and is asked for again by
+    another row or picture, is kept by the images' digest.
     """
 
-    def __init__(self, extract: Extractor, real: RealImages, with_training: bool = True) -> None:
+    def __init__(self, extract: Extractor, real: RealImages) -> None:
         self.extract, self.real = extract, real
         self.reference = extract(real.reference, "features of real images")
         self._logits: dict[str, Tensor | None] = {}
         self._in_pixels: dict[str, tuple[Tensor, Tensor]] = {}
         self.training = None
-        if with_training and real.training is not None:
+        if real.training is not None:
             self.training = extract(real.training, "features of training images")
             held_out = real.reference[:NEAREST]
             self.real_nearest = {
@@ -101,11 +98,19 @@ class Comparison:
     def row_of_files(self, name: str, images: Images) -> Row:
         """Returns the row of images that were read from files."""
         features = self.extract(images)
-        row = Row(name, "images", "", None, measure(features, self.reference))
         pixels, nearness = self.memorised(images, features)
         faint, border = self.background(images)
-        row = replace(row, memorised_pixels=pixels, memorised_features=nearness)
-        return replace(row, faint=faint, border=border)
+        return Row(
+            name,
+            "images",
+            "",
+            None,
+            measure(features, self.reference),
+            memorised_pixels=pixels,
+            memorised_features=nearness,
+            faint=faint,
+            border=border,
+        )
 
     def memorised(self, images: Images, features: Features) -> tuple[float | None, float | None]:
         """Returns the shares of samples very close to a training image, in pixels and features."""
@@ -119,7 +124,7 @@ class Comparison:
 
     def nearest_in_pixels(
         self, images: Images, training: UInt8[Tensor, "m c h w"]
-    ) -> tuple[Float[Tensor, "k"], Float[Tensor, "k"]]:
+    ) -> tuple[Float[Tensor, "k"], Int[Tensor, "k"]]:
         """Returns the distances of the first images to training images, and their indices."""
         first = images[:NEAREST]
         key = digest(first)
@@ -186,7 +191,7 @@ class Comparison:
             return
         distances, indices = self.nearest_in_pixels(images, self.real.training)
         closest = distances.argsort()[:PICTURED]
-        below = self.real.training[indices[closest].long()]
+        below = self.real.training[indices[closest]]
         save_png(path, make_grid(torch.cat([images[closest], below]), columns=PICTURED), scale=2)
 
 
@@ -291,7 +296,7 @@ def measure_all(
         named = f"{job.key.run}-{job.key.name}-{job.sampler.replace(':', '-')}-{job.steps}"
         named += f"-guidance-{job.guidance:g}" if job.guidance else ""
         picture = output / f"nearest-{named}.png"
-        if row is None or not picture.exists():
+        if real.training is not None and (row is None or not picture.exists()):
             comparison.draw_nearest(picture, _images_of(job, gallery))
     write_results(output, results)  # again, in case an earlier call was stopped here
     draw_distances(output / "distances.png", results)

@@ -23,11 +23,14 @@ def draw_loss_curve(folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for entry in read_metrics(folder / "metrics.jsonl"):
+    metrics, path = folder / "metrics.jsonl", folder / "loss.png"
+    for entry in read_metrics(metrics) if metrics.exists() else []:
         if entry.get("loss") is not None:
             steps = entry.get("num_steps")
             title = str(entry.get("kind", "base model")) if steps is None else f"student {steps}"
             curves[title].append((entry["update"], entry["loss"]))
+    if not curves:
+        return path  # a folder of students alone
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for title, points in curves.items():
@@ -39,7 +42,6 @@ def draw_loss_curve(folder: Path) -> Path:
     axes.set(xlabel="update of the stage", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = folder / "loss.png"
     save_figure(path, figure)
     return path
 

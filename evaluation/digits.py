@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,12 +138,6 @@ def accuracy(
     """Returns the share of images that are classified correctly."""
     found = [network(encode(part))[1].argmax(1) for part in images.split(500)]
     return (torch.cat(found) == labels).float().mean().item()
-
-
-def about_weights(path: Path = WEIGHTS) -> dict[str, str]:
-    """Returns the header of the weights: seed, epochs and accuracy."""
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from evaluation.digits import load_digit_network
 from pipeline.checkpoint import digest
 from pipeline.codec import encode
 from pipeline.data import fit
+from pipeline.engine import allow_tf32
+from pipeline.sections import EngineConfig
 from utils.command import InputError
 from utils.progress import progress_bar
 
@@ -41,6 +43,7 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n c h w"], title: str = "features") -> Features:
         """Returns the features of all images, computed a batch at a time."""
+        allow_tf32(EngineConfig(tf32=False))  # whatever the sampler before it was allowed
         parts = []
         with progress_bar(len(images), title, "image", leave=False) as bar:
             for batch in images.split(BATCH_SIZE):

@@ -157,13 +157,14 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
     Raises InputError that names the file and what is wrong.
     """
     if path.suffix.lower() != ".npz":
-        folder = ImageFolder(path, image_size, channels)
-        found = [folder[n] for n in range(len(folder))]
-        error = next((item for item in found if isinstance(item, InputError)), None)
-        if error is not None:
-            raise error
-        images = [item[0] for item in found if not isinstance(item, InputError)]
-        return _shuffled(path, images)
+        folder = ImageFolder(path, image_size, channels, "--images")
+        images = []
+        for n in range(len(folder)):
+            item = folder[n]
+            if isinstance(item, InputError):
+                raise item
+            images.append(item[0])
+        return _shuffled(path, torch.stack(images))
     try:
         require_regular_file(path)
         with zipfile.ZipFile(path) as archive:
@@ -187,14 +188,14 @@ def read_images(path: Path, image_size: int, channels: int) -> UInt8[Tensor, "n 
             f"{path}: arr_0 is {array.shape}; to compare takes (N, {image_size}, {image_size}, "
             f"{channels}), as the real images are"
         )
-    return _shuffled(path, list(torch.from_numpy(array).permute(0, 3, 1, 2)))
+    return _shuffled(path, torch.from_numpy(array).permute(0, 3, 1, 2))
 
 
-def _shuffled(path: Path, images: list[Tensor]) -> Tensor:
+def _shuffled(path: Path, images: Tensor) -> Tensor:
     if len(images) < LEAST_IMAGES:
         raise InputError(f"{path}: {len(images)} images; to measure takes at least {LEAST_IMAGES}")
     order = torch.randperm(len(images), generator=generator("cpu", "elsewhere"))
-    return torch.stack([images[n] for n in order.tolist()])
+    return images[order].contiguous()
 
 
 @dataclass(frozen=True)
@@ -232,5 +233,7 @@ def real_images(config: Config) -> RealImages:
         raise InputError(f"{data.root}: {dataset.num_images} images; to compare takes at least 100")
     size = min(10_000, dataset.num_images // 2)
     order = torch.randperm(dataset.num_images, generator=generator("cpu", "reference"))
-    sets = [images for images, _ in dataset.batches([order[:size], order[size : 2 * size]])]
-    return RealImages(sets[0], sets[1], None)
+    # In parts, which fit into the memory that the data's workers share.
+    batches = dataset.batches(order[: 2 * size].split(CHUNK))
+    images = torch.cat([part for part, _ in batches])
+    return RealImages(images[:size], images[size:], None)

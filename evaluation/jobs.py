@@ -79,6 +79,8 @@ def plan_jobs(
         if checkpoint.num_steps is not None:
             pairs = [(checkpoint.sampler or "ddim", checkpoint.num_steps)]
         for sampler, n in pairs:
+            if checkpoint.num_steps is None:
+                require_levels(path, checkpoint, n)
             size = count if max_calls is None else min(count, max_calls // n)
             if size < 2 * NOISE_SETS:
                 raise InputError(
@@ -87,6 +89,14 @@ def plan_jobs(
                 )
             jobs += [Job(checkpoint, path, sampler, n, size, weight) for weight in guidance]
     return jobs
+
+
+def require_levels(path: Path, checkpoint: Checkpoint, num_steps: int) -> None:
+    """Raises InputError for more steps than a table of levels has."""
+    try:
+        checkpoint.levels(num_steps)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def with_engine(
@@ -126,7 +136,9 @@ def require_different_names(checkpoints: Mapping[Path, Checkpoint], images: Sequ
 class Partners(NamedTuple):
     """The jobs to compare a job with, image by image: its teacher's and the base model's.
 
-    The base model's is the one with the most DDIM steps. None if there is no such job.
+    The base model's is one with DDIM steps: of the same run if there is one, then of the longest
+    training, then with the most steps. None if that is the job itself, or this one has another
+    sampler.
     """
 
     teacher: Job | None

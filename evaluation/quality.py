@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -153,7 +153,7 @@ def background(images: UInt8[Tensor, "n c h w"]) -> tuple[float, float]:
 
 def nearest(
     images: Float[Tensor, "n d"], training: Float[Tensor, "m d"]
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+) -> tuple[Float[Tensor, "n"], Int[Tensor, "n"]]:
     """Returns each image's distance to the nearest training image, and that one's index."""
     squares = training.square().sum(1)
     distances, indices = [], []
@@ -161,7 +161,7 @@ def nearest(
         squared = part.square().sum(1)[:, None] + squares - 2 * part @ training.T
         found = squared.min(1)
         distances.append(found.values.clamp_min(0).sqrt())
-        indices.append(found.indices.float())
+        indices.append(found.indices)
     return torch.cat(distances), torch.cat(indices)
 
 

@@ -59,8 +59,8 @@ class LadderReport:
     def __init__(self, run: Run, base: Checkpoint, base_path: Path) -> None:
         self.run, self.base, self.base_path = run, base, base_path
         self.count = max(NUM_IMAGES, run.config.sampling.grid)
-        chunk, folder = min(CHUNK, self.count), run.output / "images"
-        self.gallery = Gallery(folder, run.world, run.config.seed, 64, chunk, raw=True)
+        folder = run.output / "images"
+        self.gallery = Gallery(folder, run.world, run.config.seed, 64, CHUNK, raw=True)
         self.reference_steps = reference_steps(base, run.config)
         self.teachers: dict[int, Tensor] = {}
         self.students: dict[int, Tensor] = {}

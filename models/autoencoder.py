@@ -41,7 +41,9 @@ class AutoencoderSizes(Section):
         if self.in_channels != self.out_channels:
             raise ValueError(f"in_channels: {self.in_channels}, out_channels: {self.out_channels}")
         if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError(f"norm_num_groups: {self.norm_num_groups} divides not all channels")
+            raise ValueError(
+                f"norm_num_groups: {self.norm_num_groups} does not divide all block_out_channels"
+            )
         return self
 
     @property

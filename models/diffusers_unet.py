@@ -35,6 +35,11 @@ class DiffusersUNetSection(Section):
     dropout: Fraction = 0.0
     guidance: bool = False
 
+    @property
+    def knows_no_class(self) -> bool:
+        """Whether it takes images without a class."""
+        return self.num_classes is None or self.config.get("num_class_embeds") != self.num_classes
+
     def misfit(self, image_size: int, where: str) -> str | None:
         """Returns why the network cannot be built or take images of this size, or None if it can.
 
@@ -42,7 +47,9 @@ class DiffusersUNetSection(Section):
         """
         config, rows = self.config, self.config.get("num_class_embeds")
         if self.guidance:
-            return f"{where}.guidance: a diffusers_unet takes no guidance weight; take another name"
+            return (
+                f"{where}.guidance: a diffusers_unet takes no guidance weight; take another network"
+            )
         if given := [key for key in GIVEN if key in config]:
             return f"{where}.config: {given[0]} follows from other keys of the config; leave it out"
         if config.get("time_embedding_type", "positional") not in TIME_INPUTS:
@@ -132,7 +139,9 @@ class DiffusersUNet(nn.Module):
         """Returns the rows of the class embedding."""
         if label is None:
             label = torch.full((len(z),), -1, device=z.device)
-        if not self.knows_no_class and bool((label < 0).any()):
+        # Recorded updates cannot ask; a config that drops labels has been refused before.
+        asked = not (self.knows_no_class or torch.cuda.is_current_stream_capturing())
+        if asked and bool((label < 0).any()):
             raise InputError(
                 f"this network has {self.num_classes} classes and none for no class; give each "
                 "image one, without guidance"

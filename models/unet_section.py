@@ -50,11 +50,14 @@ class UNetSection(Section):
                     f"{', '.join(map(str, resolutions))}"
                 )
         widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
-        if resolutions[-1] == 1 and widths[-1] == math.gcd(32, widths[-1]):
-            return (
-                f"{where}.channel_multipliers: {len(widths)} entries leave one pixel, which "
-                f"GroupNorm cannot normalise with {widths[-1]} channels, one a group; take fewer"
-            )
+        last, before = widths[-1], [self.channels, *widths][-2]
+        # What blocks take at the lowest resolution: on the way down, and joined on the way up.
+        for width in (last, before, 2 * last, last + before) if resolutions[-1] == 1 else ():
+            if width == math.gcd(32, width):
+                return (
+                    f"{where}.channel_multipliers: {len(widths)} entries leave one pixel, which "
+                    f"GroupNorm cannot normalise with {width} channels, one a group; take fewer"
+                )
         with_attention = {
             width
             for width, resolution in zip(widths, resolutions, strict=True)

@@ -60,7 +60,7 @@ class Sampler:
                 batch_size=batch_size,
             )
         except InputError as error:  # worded for a command line
-            raise InputError(str(error).replace("--", "")) from None
+            raise InputError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error))) from None
         return replace(request, shown=False).draw_all(count)
 
 

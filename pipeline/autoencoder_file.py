@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
 
 from models.autoencoder import Autoencoder, AutoencoderSizes
-from pipeline.checkpoint_checks import State, digest, reading, require_finite
+from pipeline.checkpoint_checks import State, digest, read_safetensors, reading, require_finite
 from pipeline.network import load_weights, mismatch
 from utils.command import DamagedCheckpoint, InputError
 from utils.files import atomic_write, require_regular_file
@@ -71,7 +70,7 @@ def read_autoencoder(path: Path) -> StoredAutoencoder:
 
     Raises InputError that names the file and what is wrong.
     """
-    header, weights = _read_safetensors(path)
+    header, weights = read_safetensors(path, WHAT)
     try:
         entries = json.loads(header.get(HEADER, "null"))
     except (ValueError, RecursionError):
@@ -121,7 +120,7 @@ def read_folder(folder: Path) -> tuple[AutoencoderSizes, State]:
         name: value for name, value in config.items() if name in AutoencoderSizes.model_fields
     }
     sizes = _checked(AutoencoderSizes, config, path)
-    _, weights = _read_safetensors(folder / WEIGHTS)
+    _, weights = read_safetensors(folder / WEIGHTS, WHAT)
     weights = {name: t.float() for name, t in weights.items()}
     require_weights_fit(sizes, weights, folder / WEIGHTS)
     return sizes, weights
@@ -156,12 +155,3 @@ def _checked(section: type[Any], values: dict[str, Any], path: Path) -> Any:
         key = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {key + ': ' if key else ''}{message}") from None
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, str], State]:
-    with reading(path, WHAT):
-        require_regular_file(path)
-        path.open("rb").close()  # raises the usual OSError, which safetensors does not
-        with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

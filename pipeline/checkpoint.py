@@ -9,7 +9,6 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors
 import safetensors.torch
 import torch
 from pydantic import (
@@ -31,6 +30,7 @@ from pipeline.checkpoint_checks import (
     as_scaler,
     as_state,
     named_tensors,
+    read_safetensors,
     reading,
     require_finite,
 )
@@ -275,10 +275,6 @@ def publish_checkpoint(path: Path, checkpoint: Checkpoint, half: bool) -> None:
 
 def _read_published(path: Path) -> dict[str, Any]:
     """Returns the content of a file written by publish_checkpoint."""
+    header, model = read_safetensors(path)
     with reading(path):
-        require_regular_file(path)
-        path.open("rb").close()  # raises the usual OSError, which safetensors does not
-        with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return {**{name: json.loads(text) for name, text in header.items()}, "model": model}

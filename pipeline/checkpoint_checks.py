@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 
 from diffusion.grids import require_grid
 from utils.command import DamagedCheckpoint, InputError
+from utils.files import require_regular_file
 
 State = dict[str, Tensor]
 
@@ -153,6 +155,16 @@ def reading(path: Path, what: str = "a checkpoint") -> Iterator[None]:
         if isinstance(error, RuntimeError) and "allocate memory" in str(error):
             raise InputError(f"{path}: not enough memory to read it") from None
         raise DamagedCheckpoint(damaged) from None
+
+
+def read_safetensors(path: Path, what: str = "a checkpoint") -> tuple[dict[str, str], State]:
+    """Returns the header and the tensors of a .safetensors file; see reading."""
+    with reading(path, what):
+        require_regular_file(path)
+        path.open("rb").close()  # raises the usual OSError, which safetensors does not
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def digest(value: Any) -> str:

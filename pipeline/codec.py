@@ -19,8 +19,8 @@ from utils.command import InputError
 class Codec(NamedTuple):
     """encode: uint8 images (B, C, H, W) -> what the model works on, float32. decode: back to uint8.
 
-    shape: (image size, channels) -> (C, H, W) of what the model works on. A function of each image
-    alone, apart from rounding, without gradients.
+    Both treat each image alone, apart from rounding, and pass no gradients. shape: (image size,
+    channels) -> (C, H, W) of what the model works on.
     """
 
     encode: Callable[[Tensor], Tensor]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from models.diffusers_unet import DiffusersUNetSection
 from models.networks import NETWORKS, NetworkSection
 from models.unet_section import UNetSection
 from pipeline.codec_sections import (
@@ -60,6 +61,12 @@ class Config(Section):
             raise ValueError(
                 f"training.label_dropout: {self.training.label_dropout} needs labels; set "
                 "model.num_classes, or leave it at 0"
+            )
+        no_row = isinstance(self.model, DiffusersUNetSection) and not self.model.knows_no_class
+        if self.training.label_dropout and no_row:
+            raise ValueError(
+                f"training.label_dropout: {self.training.label_dropout}, but this network has no "
+                "input for images without a class (model.config.num_class_embeds); leave it at 0"
             )
         if student is not None and student.num_classes != classes:
             raise ValueError(

@@ -21,7 +21,7 @@ from utils.command import InputError
 from utils.files import require_regular_file
 from utils.randomness import generator
 
-Batch = tuple[Tensor, Tensor | None]
+Batch = tuple[Tensor, Tensor]
 """uint8 images (B, C, H, W) and int64 labels (B,), both on the training device."""
 
 

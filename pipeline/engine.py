@@ -32,7 +32,10 @@ def sampling_engine(engine: EngineConfig, device: torch.device) -> EngineConfig:
 def asked_engine(
     engine: EngineConfig, device: torch.device, precision: str | None, compiled: bool
 ) -> EngineConfig:
-    """Returns what sampling_engine does, but for what a command line asks for; it is final."""
+    """Returns sampling_engine's engine with the command line's precision and compilation.
+
+    It sets cpu_sampling, so that sampling_engine returns it unchanged.
+    """
     default = sampling_engine(engine, device)
     asked = {
         "precision": precision or default.precision,

@@ -35,11 +35,19 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
     If the folder itself contains images there are no classes, and every label is -1. Hidden files
     and folders are skipped. Transparent pixels are blended with black, and the EXIF orientation is
     applied. Raises InputError that names the first file that is not an image.
+
+    given_as: where the user named the folder.
     """
 
-    def __init__(self, root: Path, image_size: int, channels: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        image_size: int,
+        channels: int,
+        given_as: str = "data.root of an image_folder",
+    ) -> None:
         if not root.is_dir():
-            raise InputError(f"{root}: no such folder (data.root of an image_folder)")
+            raise InputError(f"{root}: no such folder ({given_as})")
         found = [(path, path.relative_to(root).parts) for path in sorted(root.rglob("*"))]
         named = [
             (path, parts)
@@ -49,7 +57,7 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
             and not path.is_dir()
         ]
         if not named:
-            raise InputError(f"{root}: no images below it (data.root of an image_folder)")
+            raise InputError(f"{root}: no images below it ({given_as})")
         self.files = [path for path, _ in named]
         with ThreadPoolExecutor(READERS) as pool:
             for error in pool.map(_header_error, self.files):

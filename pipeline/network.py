@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion.gaussian import OUTPUT_TYPES
 from diffusion.grids import Grid, coarser_grid, uniform_grid, uniform_times
-from diffusion.schedule import SCHEDULES, Schedule, make_schedule
+from diffusion.schedule import SCHEDULES, Schedule, level_dtype, make_schedule
 from models.autoencoder import Autoencoder
 from models.networks import NETWORKS
 from pipeline.codec_sections import Shape
@@ -59,6 +59,8 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 def _in_fast_format(network: N, device: torch.device) -> N:
     fast = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    if level_dtype(device) == torch.float32:
+        network = network.float()  # some have a table of noise levels
     return network.to(device, memory_format=fast)  # type: ignore[call-overload, no-any-return]
 
 

@@ -145,6 +145,8 @@ class SampleRequest:
         images = torch.zeros(count, *pixel_shape(self.config), dtype=torch.uint8)
         for indices, drawn in self.batches(count, bar):
             images[indices.start : indices.stop] = drawn
+        if self.world.size == 1:
+            return images
         return self.world.sum(images.to(self.world.device)).cpu()
 
     def batches(self, count: int, bar: bool = True) -> Iterator[tuple[range, Tensor]]:

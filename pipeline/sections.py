@@ -151,7 +151,7 @@ class DistillationConfig(Recipe):
             if isinstance(value, tuple) and len(value) != len(counts):
                 raise ValueError(
                     f"{key} lists {len(value)} stages, but {length}: "
-                    "give one number, or one for each stage"
+                    "give one value, or one for each stage"
                 )
         methods = {self.of_stage(position)["method"] for position in range(len(counts))}
         for name in sorted(methods):

@@ -1,6 +1,7 @@
 """What must hold on any device; DEVICE=cuda runs these tests on a GPU. By default, the CPU."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from diffusion.gaussian import Denoiser
 from diffusion.grids import uniform_grid
 from diffusion.paths import neighbours
 from diffusion.samplers import SAMPLERS, make_sampler
-from diffusion.schedule import levels_at, on_device
+from diffusion.schedule import level_dtype, levels_at, on_device
 from pipeline.checkpoint import digest, load_checkpoint
 from pipeline.config import make_config
 from pipeline.engine import allow_tf32
@@ -94,6 +95,13 @@ def test_levels_without_float64_are_computed_on_the_cpu(monkeypatch):
     assert levels.dtype == torch.float32
     torch.testing.assert_close(levels.cpu().double(), wanted, rtol=1e-6, atol=1e-5)
     assert (COSINE(t.cpu()).double() - wanted).abs().max() > 1e-4, "why float32 is not enough"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_some_of_intels_gpus_have_no_float64(has, monkeypatch):
+    about = SimpleNamespace(has_fp64=has)
+    monkeypatch.setattr("torch.xpu.get_device_properties", lambda device: about)
+    assert level_dtype(torch.device("xpu")) == (torch.float64 if has else torch.float32)
 
 
 def test_targets_are_those_of_the_cpu():

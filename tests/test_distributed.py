@@ -266,6 +266,12 @@ def pretend_accelerator(monkeypatch, kind):
     ("kind", "name", "around", "hint"),
     [
         ("mps", None, SECOND_OF_TWO, "--device mps: several processes cannot work on it"),
+        (
+            "cuda",
+            "cuda:0",
+            {**SECOND_OF_TWO, "LOCAL_WORLD_SIZE": "2"},
+            "give --device cuda, and each",
+        ),
         ("mps", "cuda", {}, "--device cuda: not a device of this machine; take cpu or mps"),
         ("cuda", "meta", {}, "--device meta: not a device of this machine; take cpu or cuda"),
     ],

@@ -16,14 +16,14 @@ import distill
 import evaluate
 import sample
 import train
-from evaluation.comparison import Comparison, Partners, plan_jobs
+from evaluation.comparison import Comparison
 from evaluation.features import Extractor
 from evaluation.gallery import CHUNK, Gallery, RealImages, real_images
-from evaluation.jobs import with_engine
+from evaluation.jobs import Partners, plan_jobs, with_engine
 from evaluation.quality import Quality, asked_share, nearest
 from evaluation.results import Results, Row
 from evaluation.tables import summary
-from pipeline.build import build_denoiser, build_network
+from pipeline.build import build_dataset, build_denoiser, build_network
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from pipeline.config import make_config
 from pipeline.data import read_mnist
@@ -173,7 +173,7 @@ def test_the_summary_has_distances_by_steps_and_ratios_of_as_many_samples():
         replace(row("student", 4, 200, 8.0, name="s-4-steps", run="other"), base_run="r"),
     ]
     said, _, *table = summary(Results("digits", {}, rows)).splitlines()
-    assert said.endswith("a student's over that of its base model in 1024 steps of DDIM:")
+    assert said.endswith("a student's divided by that of its base model in 1024 steps of DDIM:")
     assert table[0] == (
         "| steps | other: s, distilled | r: s, distilled | s-wide, bf16, distilled "
         "| e, ddim | t, ancestral | t, ddim |"
@@ -486,11 +486,21 @@ def test_the_data_set_may_lie_elsewhere(workshop, tmp_path, monkeypatch, capsys)
     assert run(evaluate, *command, "--data_root", tmp_path / "sets") == 0
 
 
-def test_real_images_of_a_folder_are_two_sets_of_different_ones(tmp_path):
+def test_real_images_of_a_folder_are_two_sets_of_different_ones(tmp_path, monkeypatch):
     for n in range(101):
         Image.new("L", (32, 32), n).save(tmp_path / f"{n}.png")
     config = make_config(tiny(data={"name": "image_folder", "root": str(tmp_path)}), "x")
+    asked, read = [], type(build_dataset(config, CPU)).batches
+    monkeypatch.setattr("evaluation.gallery.CHUNK", 30)
+
+    def recorded(self, batches):
+        parts = list(batches)
+        asked.extend(map(len, parts))
+        return read(self, parts)
+
+    monkeypatch.setattr(type(build_dataset(config, CPU)), "batches", recorded)
     real = real_images(config)
+    assert asked == [30, 30, 30, 10], "what the workers hand over at once is not large"
     values = [images[:, 0, 0, 0].tolist() for images in (real.reference, real.floor)]
     assert len(values[0]) == len(values[1]) == 50
     assert len({*values[0], *values[1]}) == 100
@@ -520,6 +530,12 @@ def test_images_that_do_not_fit(workshop, tmp_path, capsys, shape, hint):
     given = ("--images", tmp_path / "x.npz", "--config_path", workshop["config"])
     assert run(evaluate, *given, "--output", tmp_path / "out") == 2
     assert hint in capsys.readouterr().err
+
+
+def test_a_missing_folder_of_images_is_named(workshop, tmp_path, capsys):
+    given = ("--images", tmp_path / "none", "--config_path", workshop["config"])
+    assert run(evaluate, *given, "--output", tmp_path / "out") == 2
+    assert f"{tmp_path / 'none'}: no such folder (--images)" in capsys.readouterr().err
 
 
 def test_colour_images_go_through_the_whole_chain(tmp_path):

@@ -46,6 +46,13 @@ def test_a_run_begins_with_the_averaged_weights(workshop, tmp_path, kind):
     assert load_checkpoint(out / "diffusion-2.pt").lineage == made.lineage
 
 
+def test_a_base_model_does_not_take_the_guidance_weight(workshop, tmp_path, capsys):
+    given = ("--config_path", workshop["config"], "--output", tmp_path / "out")
+    line = refused(capsys, train, *given, "--set", "model.guidance=true", "model.num_classes=10")
+    assert "model.guidance: true, but only students take the guidance weight" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_goes_on_with_the_same_file_alone(workshop, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     given = ("--config_path", workshop["config"], "--initialise", workshop["base"])
@@ -131,7 +138,7 @@ def test_a_file_that_cannot_be_read_or_lies_in_the_way_is_refused(workshop, tmp_
     inside.parent.mkdir()
     shutil.copy(workshop["base"], inside)
     line = refused(capsys, train, *given, inside, "--restart")
-    assert "lies in" in line
+    assert "with the results of its own run; give another folder" in line
     assert inside.exists(), "not deleted by --restart"
 
 

@@ -17,8 +17,8 @@ import train
 from diffusion.distillation import METHODS, distillation_loss
 from diffusion.grids import positions, uniform_grid
 from diffusion.losses import weighted_sum
-from evaluation.comparison import plan_jobs
 from evaluation.gallery import Gallery, RealImages, real_images
+from evaluation.jobs import plan_jobs
 from models.dit import DiT
 from models.unet import UNet
 from pipeline.build import build_dataset, build_denoiser
@@ -512,6 +512,30 @@ def test_what_cannot_be_distilled_is_refused_in_one_line(wrong, teachers, tmp_pa
     line = refused(capsys, distill, *command, "--output", output)
     assert said in line
     assert not list(output.glob("*.pt"))
+
+
+def test_students_are_checked_against_their_teacher_not_the_yamls_network(
+    teachers, tmp_path, capsys
+):
+    config = write_config(tmp_path / "tiny.yaml", ladder=[8, 4])  # a network without classes
+    command = ("--config_path", config, "--teacher_model_checkpoint", teachers["guided"], "--set")
+    values = printed(capsys, *command, "distillation.guidance=[0.0,4.0]")
+    assert values["distillation"]["guidance"] == [0.0, 4.0]
+    assert values["model"]["num_classes"] == 10
+    other = printed(capsys, *command, "distillation.student.num_classes=10")
+    assert other["distillation"]["student"]["num_classes"] == 10
+    line = refused(capsys, distill, *command, "distillation.student.num_classes=7")
+    assert "distillation.student.num_classes: 7, but the teacher has 10" in line
+
+
+def test_a_teacher_of_numbers_that_are_not_finite_chooses_no_grid(
+    teachers, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("training.stages.jump_errors", lambda *a: torch.full((9, 9), torch.nan))
+    config = write_config(tmp_path / "tiny.yaml", "adaptive")
+    command = ("--config_path", config, "--teacher_model_checkpoint", teachers["progressive"])
+    line = refused(capsys, distill, *command, "--output", tmp_path / "ladder")
+    assert "distillation.grid: adaptive, but the teacher's predictions are not finite" in line
 
 
 @pytest.mark.parametrize(("key", "value"), [("first_steps", 64), ("iterations", 2)])

@@ -44,10 +44,20 @@ def writes(name: str) -> bool:
     return name in (*DELETED, *KEPT) or ours.fullmatch(name) is not None
 
 
-def run_in(folder: Path, but: str = "") -> str | None:
-    """The kind of run that a folder holds checkpoints or metrics of; but: a prefix not looked for.
+def require_elsewhere(output: Path, *files: Path) -> None:
+    """Raises InputError if one of the files lies in the folder that the results go to."""
+    for path in files:
+        if path.parent.resolve() == output.resolve():
+            raise InputError(
+                f"{path}: is in {output}, with the results of its own run; give another folder "
+                "for those of this run (--output)"
+            )
 
-    None where it holds none.
+
+def run_in(folder: Path, but: str = "") -> str | None:
+    """What kind of run has checkpoints or metrics in the folder; None if there is none.
+
+    but: a prefix to leave out.
     """
     for prefix, kind in PREFIXES.items():
         name = numbered_name(prefix, "pt", r"pt\.damaged")

@@ -43,7 +43,11 @@ def distillation_config(
         _require_no_other_ladder(section, overrides, where)
         section = section | _part(section, where, first_steps, iterations)
         values["distillation"] = section | _fitting_lists(old, section, where)
-    given = make_config(values, where)
+    section = values.get("distillation") or {}
+    # Whether a student fits its teacher is not asked of the YAML's own network.
+    fits = ("student", "guidance") if isinstance(section, dict) else ()
+    alone = {**values, "distillation": {k: v for k, v in section.items() if k not in fits}}
+    given = make_config(alone if fits else values, where)
     compared = ("seed", "model", "diffusion", "data", "codec")
     free = FREE_KEYS | {"model.guidance"}  # it follows from distillation.guidance
     ignored = [k for k in differences(teacher.config, given, compared) if k not in free]
@@ -66,9 +70,9 @@ def distillation_config(
     codec = teacher.config.codec
     if codec.name == given.codec.name == "autoencoder" and _asked("codec.file", overrides):
         codec = codec.model_copy(update={"file": given.codec.file})
-    sections = {name: getattr(given, name) for name in ("distillation", "sampling", "engine")}
-    config = teacher.config.model_copy(update={**sections, "data": data, "codec": codec})
-    config = make_config(config.model_dump(mode="json"), where)
+    sections = {"sampling": given.sampling, "engine": given.engine, "data": data, "codec": codec}
+    own = teacher.config.model_copy(update=sections).model_dump(mode="json")
+    config = make_config({**own, "distillation": section}, where)
     _require_guidance(teacher, teacher_path, config.distillation)
     _warn_of_eps(teacher, teacher_path, config.distillation)
     return config
@@ -198,7 +202,7 @@ def _fitting_lists(
 
 
 def _require_steps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) -> None:
-    """Raises InputError if a student as the teacher does not make the ladder's first steps."""
+    """Raises InputError if the teacher's own number of steps does not begin the ladder."""
     own, (asked, first, *_) = teacher.num_steps, ladder.steps()
     if own is None and teacher.grid is not None and asked >= len(teacher.grid):
         raise InputError(

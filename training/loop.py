@@ -65,7 +65,7 @@ def train_updates(
     stop = stop or StopRequest()
     for images, labels in stop.between(dataset.batches(index_batches)):
         rate = stage.rate_at(trainee.update)
-        condition = {"label": labels} if stage.conditional and labels is not None else {}
+        condition = {"label": labels} if stage.conditional else {}
         losses, logsnr = backward(
             trainee, stage, objective.draw, step, world, images, condition, codec
         )
@@ -242,7 +242,8 @@ def run_stage(
         try:
             for metrics in updates:
                 stopping, finite = metrics.stop, not metrics.skipped
-                # Weights that give no finite gradient are no place to go on from.
+                # Weights that give no finite gradient are no place to go on from; a stop saves all
+                # the same, because they are those from before the skipped updates.
                 usable = finite or trainee.update == stage.updates
                 due = usable and stage.saves_at(trainee.update)
                 by_level = bins.after(metrics, stage, world)

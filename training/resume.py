@@ -116,6 +116,8 @@ class StageFiles:
 
 def require_same_everywhere(path: Path, weights: State, world: World) -> None:
     """Raises InputError if the file that the weights were read from differs between machines."""
+    if world.size == 1:
+        return
     short = int(digest(weights)[:12], 16)
     if world.any(short != world.agree(short)):
         raise InputError(

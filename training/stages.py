@@ -21,7 +21,7 @@ from diffusion.schedule import on_device
 from models.critic import Critic
 from pipeline.build import build_denoiser, load_denoiser
 from pipeline.checkpoint import Checkpoint, save_checkpoint
-from pipeline.network import BUILDERS, build_schedule, load_weights
+from pipeline.network import BUILDERS, build_schedule, image_shape, load_weights
 from pipeline.sampling import SampleRequest
 from training.loop import Callbacks, run_stage
 from training.resume import StageFiles, require_same_stage
@@ -152,13 +152,18 @@ def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:
         x = run.codec.encode(images)
         rng = generator(device, stage.seed, "adaptive grid", stage.number)
         eps = torch.randn(x.shape, generator=rng, device=device)
-        condition = {} if not stage.conditional or labels is None else {"label": labels}
+        condition = {"label": labels} if stage.conditional else {}
         if stage.guidance is not None:
             low, high = stage.guidance
             condition["guidance"] = torch.linspace(low, high, len(x), device=device)
         denoise = conditioned(teacher_denoiser(run, stage, teacher), **condition)
         errors = jump_errors(denoise, x, eps, on_device(grid, device)).cpu()
     errors = run.world.sum(on_device(errors, device)).cpu().double()
+    if not errors[0, 1:].isfinite().all():
+        raise InputError(
+            "distillation.grid: adaptive, but the teacher's predictions are not finite; take "
+            "engine.precision=fp32, or list the times"
+        )
     return adaptive_grid(grid, errors, stage.num_steps or 1)
 
 
@@ -166,7 +171,11 @@ def teachers_choice(run: Run, stage: Stage, teacher: Checkpoint) -> Grid:
 
 
 def teacher_denoiser(run: Run, stage: Stage, teacher: Checkpoint) -> Denoise:
-    """The teacher as it walks: guided by two calls, if it does not take the guidance weight."""
+    """The teacher as a walker.
+
+    Where distillation.guidance asks for it, one that does not take the weight itself is guided: by
+    one call of twice the batch.
+    """
     denoiser = load_denoiser(teacher, run.output, run.world.device, run.config.engine)
     if stage.guidance is not None and not teacher.config.model.guidance:
         return guided(denoiser)
@@ -215,8 +224,7 @@ def make_critic(run: Run, stage: Stage) -> Critic | None:
     """The critic of a stage before its first update, if its loss has an adversarial term."""
     if run.features is None or ADVERSARIAL not in stage.losses:
         return None
-    shape = run.codec.shape(run.config.data.image_size, run.config.data.channels)
-    z = torch.zeros(1, *shape, device=run.world.device)
+    z = torch.zeros(1, *image_shape(run.config), device=run.world.device)
     widths = [maps.shape[1] for maps in run.features(z, z.new_zeros(1))]
     torch.manual_seed(generator("cpu", stage.seed, "critic", stage.number).initial_seed())
     return Critic(widths).to(run.world.device)

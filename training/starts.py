@@ -175,7 +175,8 @@ def student_model(config: Config, teacher: Checkpoint) -> NetworkSection:
     model = config.distillation.student or teacher.config.model
     guidance = config.distillation.guidance is not None or teacher.config.model.guidance
     model = model.model_copy(update={"guidance": guidance})
-    if wrong := config.misfit(model, "distillation.student"):
+    where = "distillation.student" if config.distillation.student else "distillation"
+    if wrong := config.misfit(model, where):
         raise InputError(wrong)
     return model
 

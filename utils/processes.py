@@ -81,6 +81,11 @@ def join_world(device_name: str | None) -> Iterator[World]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if launched and accelerator is not None and device_name in (None, accelerator.type):
         device_name = f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
+    elif launched and ":" in (device_name or "") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise InputError(
+            f"--device {device_name}: several processes cannot work on it; give --device "
+            f"{str(device_name).partition(':')[0]}, and each takes one of its own"
+        )
     device = choose_device(device_name)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)

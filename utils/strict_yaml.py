@@ -1,5 +1,6 @@
 """YAML read strictly: scalars as in YAML 1.2, no aliases, no duplicate keys."""
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Returns a copy of nested values with each a.b=value set, the value read as YAML."""
-    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    values = copy.deepcopy(values)
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:

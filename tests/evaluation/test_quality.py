@@ -2,11 +2,12 @@ import statistics
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from evaluation.digits import (
     NUM_FEATURES,
     TRAINED_ON,
-    about_weights,
+    WEIGHTS,
     accuracy,
     load_digit_network,
     moved,
@@ -27,6 +28,8 @@ from evaluation.quality import (
     squared_distance,
 )
 from pipeline.data import fit, read_mnist
+from pipeline.engine import allow_tf32
+from pipeline.sections import EngineConfig
 from utils.command import InputError
 from utils.randomness import generator
 
@@ -160,7 +163,15 @@ def test_the_digit_network_recognises_digits(test_digits):
     assert NUM_FEATURES <= 128
     assert TRAINED_ON == 50_000
     assert not any(p.requires_grad for p in network.parameters())
-    assert "accuracy" in about_weights()
+    with safe_open(WEIGHTS, "pt") as file:
+        assert "accuracy" in file.metadata()
+
+
+def test_features_are_not_rounded_as_the_samples_before_them(test_digits):
+    allow_tf32(EngineConfig(tf32=True))
+    make_extractor("digits", CPU)(test_digits[0][:10])
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_the_brightness_of_a_digit_does_not_depend_on_its_colour(test_digits):

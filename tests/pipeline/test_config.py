@@ -90,6 +90,19 @@ def test_a_config_without_resample_keeps_its_residual_blocks():
             "model.channel_multipliers",
             "one pixel",
         ),
+        # 64 channels are two a group, but the blocks of one pixel begin with 32.
+        (
+            {
+                "data": {"image_size": 16},
+                "model": {
+                    "channels": 32,
+                    "channel_multipliers": [1, 1, 1, 1, 2],
+                    "attention_resolutions": [],
+                },
+            },
+            "model.channel_multipliers",
+            "32 channels, one a group",
+        ),
         ({"data": {"channels": 2}}, "data.channels", "1 or 3"),
         ({"data": {"name": "mnits"}}, "data.name", "mnist, fashion_mnist"),
         ({"diffusion": {"prediction": "u"}}, "diffusion.prediction", "x, eps, v, both"),
@@ -235,6 +248,10 @@ def test_set_overrides_and_is_checked_alike():
     }
     assert "model.channels" in error_of(override({}, ["model.channels=true"]))
     assert "did you mean" in error_of(override({}, ["model.chanels=8"]))
+    given = {"distillation": {"student": {"channels": 8}}}
+    changed = override(given, ["distillation.student.channels=16"])
+    assert changed["distillation"]["student"] == {"channels": 16}
+    assert given == {"distillation": {"student": {"channels": 8}}}, "a copy all the way down"
 
 
 @pytest.mark.parametrize("item", ["model.channels", "=3", "seed.x=3", "model.channels.x=3", ""])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distill
+import evaluate
 import sample
 from diffusion.betas import BETAS
 from diffusion.gaussian import velocity
@@ -512,6 +513,52 @@ def test_what_cannot_be_imported_is_one_line(name, tmp_path, capsys):
     assert line.startswith(f"error: {tmp_path / 'p'}")
     assert said in line
     assert not output.exists()
+
+
+def test_more_steps_than_levels_are_refused_before_drawing(tmp_path, capsys):
+    pipeline(tmp_path / "p", num_steps=20)
+    path = imported(tmp_path / "p", *MNIST)
+    given = ("--checkpoint", path, "--output", tmp_path / "out")
+    line = refused(capsys, evaluate, *given, "--steps", 2, 40, "--count", 20)
+    assert line.startswith(f"error: {path}: 40 steps: this checkpoint has a table of 20 noise")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_levels_goes_to_devices_without_float64(tmp_path, monkeypatch):
+    pipeline(tmp_path / "p", num_steps=20)
+    path = imported(tmp_path / "p", *MNIST)
+    checkpoint = load_checkpoint(path)
+    z, levels = torch.randn(2, 1, 8, 8), checkpoint.levels(20)[:2]
+    wanted = load_denoiser(checkpoint, path, CPU)(z, levels).x
+    monkeypatch.setattr("diffusion.schedule.NO_FLOAT64", ("cpu",))
+    network = build_network(checkpoint.config, CPU, dropout=0.0)
+    assert {buffer.dtype for buffer in network.buffers()} == {torch.float32}
+    found = load_denoiser(checkpoint, path, CPU)(z, levels.float()).x
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_labels_cannot_be_dropped_where_no_row_means_no_class(tmp_path, capsys):
+    pipeline(tmp_path / "p", num_steps=20, num_class_embeds=10)
+    classes = ("--set", "data.name=mnist", "model.num_classes=10")
+    line = refused(
+        capsys,
+        import_diffusers,
+        tmp_path / "p",
+        "--output",
+        tmp_path / "x.safetensors",
+        *classes,
+        "training.label_dropout=0.1",
+    )
+    assert "training.label_dropout: 0.1, but this network has no input for images without" in line
+
+
+def test_a_teacher_that_takes_no_weight_has_no_students_that_do(tmp_path, capsys):
+    pipeline(tmp_path / "p", num_steps=20, num_class_embeds=11)
+    path = imported(tmp_path / "p", *MNIST, "model.num_classes=10", "training.label_dropout=0.1")
+    asked = ("--set", "distillation.guidance=[0.0,1.0]", "distillation.ladder=[20,10]")
+    given = ("--teacher_model_checkpoint", path, "--output", tmp_path / "out", *asked)
+    line = refused(capsys, distill, *given)
+    assert "distillation.guidance: a diffusers_unet takes no guidance weight" in line
 
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):
