@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,8 @@ class Comparison:
 
     def floor(self, count: int) -> Row:
         """Returns the row of real images against other real ones: the best a model can reach."""
-        return self._real(FLOOR, "floor", self.real.floor[:count])
+        images = self.real.floor[:count]
+        return self._alone(FLOOR, "floor", images, self.extract(images))
 
     def floor_on_noise(self, count: int) -> Row:
         """Returns the row of real images on faint noise: how sensitive the features are to it.
@@ -84,11 +86,14 @@ class Comparison:
         images = self.real.floor[:count]
         rng = generator("cpu", "noise under real images")
         noise = torch.randint(0, FAINTEST + 1, images.shape, generator=rng, dtype=torch.uint8)
-        return self._real(NOISY, "images", images.maximum(noise))
+        noisy = images.maximum(noise)
+        return self._alone(NOISY, "images", noisy, self.extract(noisy))
 
-    def _real(self, name: str, kind: Literal["floor", "images"], images: Images) -> Row:
-        quality = measure(self.extract(images), self.reference)
+    def _alone(
+        self, name: str, kind: Literal["floor", "images"], images: Images, features: Features
+    ) -> Row:
         faint, border = self.background(images)
+        quality = measure(features, self.reference)
         return Row(name, kind, "", None, quality, faint=faint, border=border)
 
     def background(self, images: Images) -> tuple[float | None, float | None]:
@@ -99,18 +104,8 @@ class Comparison:
         """Returns the row of images that were read from files."""
         features = self.extract(images)
         pixels, nearness = self.memorised(images, features)
-        faint, border = self.background(images)
-        return Row(
-            name,
-            "images",
-            "",
-            None,
-            measure(features, self.reference),
-            memorised_pixels=pixels,
-            memorised_features=nearness,
-            faint=faint,
-            border=border,
-        )
+        row = self._alone(name, "images", images, features)
+        return replace(row, memorised_pixels=pixels, memorised_features=nearness)
 
     def memorised(self, images: Images, features: Features) -> tuple[float | None, float | None]:
         """Returns the shares of samples very close to a training image, in pixels and features."""

@@ -140,7 +140,8 @@ class DiffusersUNet(nn.Module):
         if label is None:
             label = torch.full((len(z),), -1, device=z.device)
         # Recorded updates cannot ask; a config that drops labels has been refused before.
-        asked = not (self.knows_no_class or torch.cuda.is_current_stream_capturing())
+        recording = label.is_cuda and torch.cuda.is_current_stream_capturing()
+        asked = not (self.knows_no_class or recording)
         if asked and bool((label < 0).any()):
             raise InputError(
                 f"this network has {self.num_classes} classes and none for no class; give each "
