@@ -7,7 +7,7 @@ NEWEST = $$(ls output/quickstart/diffusion-*.pt | sort -V | tail -n 1)
 RESULTS := output/distilled/quickstart
 PROCESSES ?= 2
 RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
-EVALUATE = $(RANKS) evaluate.py --output output/evaluation
+EVALUATE = $(RANKS) evaluate.py --output output/published
 
 .PHONY: help install quickstart results tract adversarial half_width evaluate by_class \
 	experiments ablation methods networks pipeline gpu latency demo test test-slow test-demo torture lint format mutants \
@@ -23,7 +23,7 @@ help:
 	@echo 'make evaluate     a part of it: measure the published weights (an hour or two)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
-	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (hours)'
+	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (an hour and a half)'
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
 	@echo 'make networks     UNet, transformer and latent UNet, each with its ladder, in equal CPU time (hours)'
 	@echo 'make pipeline     a diffusers pipeline trained by diffusers, distilled to one step (an hour and a half)'
@@ -179,7 +179,7 @@ evaluate: $(VENV)/.installed-dev
 	$(EVALUATE) --checkpoint $(call PUBLISHED,teacher) --sampler ancestral \
 		--steps 1 2 4 8 16 32 64 128 1024 --count 2000
 	mkdir -p docs/mnist
-	cp output/evaluation/results.* output/evaluation/distances.png docs/mnist/
+	cp output/published/results.* output/published/distances.png docs/mnist/
 	$(BIN)/python -m tools.race --output docs/race.gif
 	$(BIN)/python -m tools.export_demo
 

@@ -352,10 +352,10 @@ def report(result: dict[str, Any]) -> str:
         f"`python -m benchmarks.gpu` with torch {result['torch']}.",
         "",
         f"- tests/test_devices.py: {tests['passed']} passed, {tests['failed']} failed.",
-        "- Trained and distilled in one go, and continued from the middle of the training: the "
-        f"weights differ by {resume['largest_difference']:.1e} at most.",
+        "- A run trained and distilled in one go, and one continued from the middle of the training, "
+        f"end with weights that differ by at most {resume['largest_difference']:.1e}.",
         f"- The default network, {tutorial['updates']} updates in {tutorial['seconds']:.0f} s "
-        f"with everything around them: loss {tutorial['first_loss']:.3f} -> "
+        f"including start-up, checkpoint and samples: loss {tutorial['first_loss']:.3f} -> "
         f"{tutorial['last_loss']:.3f}, {tutorial['images_per_second']:,.0f} images a second.",
         "",
         "Images a second; in brackets the share of the device's peak that the convolutions and "

@@ -94,7 +94,7 @@ def scheduler_config(checkpoint: Checkpoint, levels: Grid, path: Path) -> dict[s
     """Returns the config of a DDIMScheduler whose N timesteps are the levels of the grid.
 
     levels: logsnr from t = 1 down, the last one +inf. alpha^2 = prod_j (1 - beta_j). DDIMScheduler
-    rounds 1 - beta to multiples of 6e-8, so that in eight steps or fewer an alpha of 4.5e-5 at
+    rounds 1 - beta to multiples of 6e-8, so that in fewer than eight steps an alpha of 4.5e-5 at
     t = 1 (logsnr -20) becomes 0: a difference of 0.02 of 255 levels, which rounds one pixel in 300
     differently. Raises InputError where a network that predicts eps would be divided by it.
     """

@@ -1,6 +1,6 @@
 // Files, loaded with progress and checked. Every error is a sentence for the reader of the page.
 
-const ADVICE = "Reload the page; if that does not help, the site has an incomplete copy of it.";
+const ADVICE = "Reload the page; if that does not help, the site's copy of it is incomplete.";
 
 /** Returns the bytes of a file as they are. onProgress: called with the number of bytes so far. */
 async function download(url, onProgress = () => {}) {
@@ -9,7 +9,7 @@ async function download(url, onProgress = () => {}) {
   try {
     response = await fetch(url);
   } catch {
-    throw new Error(`${name} could not be loaded: the server does not answer. ${ADVICE}`);
+    throw new Error(`${name} could not be loaded: the server did not answer. ${ADVICE}`);
   }
   if (!response.ok) {
     throw new Error(`${name} could not be loaded: the server says ${response.status}. ${ADVICE}`);
@@ -24,7 +24,7 @@ async function download(url, onProgress = () => {}) {
       onProgress(received);
     }
   } catch {
-    throw new Error(`${name} could not be loaded: the connection broke. ${ADVICE}`);
+    throw new Error(`${name} could not be loaded: the connection was lost. ${ADVICE}`);
   }
   const bytes = new Uint8Array(received);
   let offset = 0;

@@ -17,7 +17,7 @@ export class Engine {
     this.worker.onerror = (event) => {
       event.preventDefault();
       const reason = event.message ? ` (${event.message})` : "";
-      onCrash(`The part of the page that computes could not be started${reason}. Reload the page.`);
+      onCrash(`The page could not start its worker${reason}. Reload the page.`);
     };
     for (const model of [...manifest.models, manifest.guided]) {
       if (model) this.opened.set(model.name, later());

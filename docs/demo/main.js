@@ -77,7 +77,7 @@ function hook(engine, manifest, loaded) {
 function requireWebAssembly() {
   if (typeof WebAssembly === "object") return;
   throw new Error(
-    "This browser does not run WebAssembly, with which this page computes. Switch it on, or use " +
+    "This browser does not run WebAssembly, which this page needs. Enable it, or use " +
       "a current version of Chrome, Edge, Firefox or Safari.",
   );
 }
