@@ -232,8 +232,9 @@ gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(SMALL),--small --output output/gpu-small)
 
 latency: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.latency > docs/latency.part
-	mv docs/latency.part docs/latency.md
+	mkdir -p output
+	$(BIN)/python -m benchmarks.latency > output/latency.md
+	mv output/latency.md docs/latency.md
 	@echo 'written: docs/latency.md'
 
 # Any static web server will do; this one is part of Python.
@@ -270,11 +271,11 @@ notebook: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.notebook
 
 lock: $(VENV)/.installed-dev
+	$(BIN)/python -m pip list --format=freeze --exclude pip --exclude-editable > requirements.lock.new
 	{ echo '# The exact versions that the tests last passed with, written by make lock. To install them:'; \
 		echo '# python -m pip install --requirement requirements.lock'; \
-		$(BIN)/python -m pip list --format=freeze --exclude pip --exclude-editable | LC_ALL=C sort -f; } \
-		> requirements.lock.new
-	mv requirements.lock.new requirements.lock
+		LC_ALL=C sort -f requirements.lock.new; } > requirements.lock
+	rm requirements.lock.new
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

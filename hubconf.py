@@ -30,10 +30,10 @@ def mnist(
 ) -> _api.Sampler:
     """Returns a sampler of the released MNIST weights: sample(64, seed=0) -> (64, 1, 32, 32).
 
-    steps: 1, 2, 4 or 8 for the student of so many; more for the teacher in so many DDIM steps;
-    None for the teacher in its own number. device: by default a GPU if there is one. kind: which
-    students, by their file names: "adversarial", "tract", "half-width", "by-class", or "" for those
-    by halving.
+    steps: of a student (8 and 1, of most kinds 4 and 2 too); more for the teacher in so many DDIM
+    steps; None for the teacher in its own number. device: by default a GPU if there is one. kind:
+    which students, by their file names: "adversarial", "tract", "half-width", "by-class", or "" for
+    the progressive ones.
     """
     return _api.load_published(_ROOT / "pretrained", "mnist", steps, device, kind)
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def table(checkpoint: Path, steps: int, count: int) -> str:
-    """Some of the sampler's steps, from noise to image, as Markdown."""
+    """Returns a Markdown table with up to ROWS of the sampler's steps, from noise to image."""
     cpu = torch.device("cpu")
     model = load_checkpoint(checkpoint)
     if model.config.model.num_classes is not None or model.config.codec.name != "pixels":
@@ -49,6 +49,7 @@ def table(checkpoint: Path, steps: int, count: int) -> str:
     denoise = load_denoiser(model, checkpoint, cpu)
     levels = model.levels(None if model.num_steps is not None else steps)
     x = encode(real_images(model.config).reference[:count])
+    count = len(x)
     eps = ImageNoise(model.config.seed, range(count), image_shape(model.config), cpu).draw()
     on_path: dict[int, tuple[float, float]] = {}
 
@@ -65,7 +66,7 @@ def table(checkpoint: Path, steps: int, count: int) -> str:
         "|---:|---:|---:|---:|---:|---:|",
     ]
     number = len(levels) - 1
-    for n in sorted({number - 1, *range(0, number, max(1, number // ROWS))}):
+    for n in sorted({number - 1, *range(0, number, -(-number // ROWS))}):
         level = levels[n].expand(count)
         alpha, sigma = alpha_sigma(level, x)
         noised = denoise(diffuse(x, eps, level), level)

@@ -55,17 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 def print_costs(arguments: argparse.Namespace) -> None:
     """A row of each table for each config."""
     from pipeline.config import load_config
+    from pipeline.latents import with_codec
 
-    if (
-        min(
-            1 if arguments.tflops is None else arguments.tflops,
-            arguments.utilisation,
-            arguments.bandwidth,
-        )
-        <= 0
-    ):
+    tflops = 1.0 if arguments.tflops is None else arguments.tflops
+    if min(tflops, arguments.utilisation, arguments.bandwidth) <= 0:
         raise InputError("--tflops, --utilisation, --bandwidth: take numbers above 0")
-    configs = [(path.stem, load_config(path, [])) for path in arguments.config_path]
+    configs = [(path.stem, with_codec(load_config(path), path)) for path in arguments.config_path]
     costs = [cost_of(config) for _, config in configs]
     for name, config in configs:
         least = min(config.training.batch_size, config.distillation.batch_size)

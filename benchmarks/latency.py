@@ -26,7 +26,10 @@ from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.sampling import SampleRequest
 from tools import export_onnx, onnx_file
 from utils.command import (
+    INTERRUPTED,
+    OK,
     InputError,
+    Stopped,
     add_device_argument,
     path_name,
     run_script,
@@ -72,14 +75,16 @@ def measure(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         browser = open_browser(stack) if "browser" in arguments.ways else None
-        for path in arguments.checkpoint:
+        for number, path in enumerate(arguments.checkpoint):
             checkpoint = load_checkpoint(path)
+            if checkpoint.config.model.num_classes is not None:
+                raise InputError(f"{path}: takes classes; models without are timed here")
             for steps in BASE_STEPS if checkpoint.num_steps is None else (checkpoint.num_steps,):
                 ways: dict[str, tuple[Draw, int]] = {}
                 if "pytorch" in arguments.ways:
                     ways["PyTorch"] = pytorch(checkpoint, path, steps, device)
-                if "onnx" in arguments.ways:
-                    ways["ONNX Runtime"] = onnx(checkpoint, path, steps, folder)
+                if "onnx" in arguments.ways and can_be_exported(checkpoint):
+                    ways["ONNX Runtime"] = onnx(checkpoint, path, steps, folder / str(number))
                 if browser is not None and PUBLISHED.get(path) and steps != BASE_STEPS[0]:
                     ways["browser"] = in_browser(browser, checkpoint, steps)
                 for way, (draw, done) in ways.items():
@@ -94,7 +99,10 @@ def measure(arguments: argparse.Namespace) -> None:
 def pytorch(
     checkpoint: Checkpoint, path: Path, steps: int, device: torch.device
 ) -> tuple[Draw, int]:
-    """Returns what samples by this project's own code, and in how many steps it does."""
+    """Returns a function that draws a batch with PyTorch, and its number of steps.
+
+    At most LONGEST of a base model.
+    """
     denoiser = load_denoiser(checkpoint, path, device)
     done = min(steps, LONGEST) if checkpoint.num_steps is None else steps
     request = SampleRequest.of(checkpoint, denoiser, World(device), steps=done)
@@ -106,15 +114,24 @@ def pytorch(
     return draw, done
 
 
+def can_be_exported(checkpoint: Checkpoint) -> bool:
+    """Returns whether tools/export_onnx.py writes all its steps as one graph."""
+    few = (checkpoint.num_steps or 1) <= export_onnx.MOST_STEPS
+    return few and (checkpoint.sampler in (None, "ddim") or checkpoint.num_steps == 1)
+
+
 def onnx(checkpoint: Checkpoint, path: Path, steps: int, folder: Path) -> tuple[Draw, int]:
-    """Returns what samples by one graph of all steps in ONNX Runtime, and in how many."""
+    """Returns a function that draws a batch with one graph of all steps, and how many these are."""
     done = min(steps, export_onnx.MOST_STEPS)
-    file = folder / f"{path.stem}-{done}.onnx"
+    file = folder / f"{done}.onnx"
     command = [str(path), "--output", str(file)]
     command += [] if checkpoint.num_steps else ["--steps", str(done)]
     with redirect_stdout(sys.stderr):  # standard output is the table's
-        if not file.exists() and export_onnx.main(command):
-            raise InputError(f"{path}: not exported to ONNX")
+        code = OK if file.exists() else export_onnx.main(command)
+    if code == INTERRUPTED:
+        raise Stopped
+    if code:
+        raise InputError(f"{path}: not exported to ONNX")
     model = onnx_file.read_onnx(file, torch.get_num_threads())
 
     def draw(count: int) -> None:
@@ -144,7 +161,7 @@ def open_browser(stack: ExitStack) -> Any:
 
 
 def in_browser(browser: Any, checkpoint: Checkpoint, steps: int) -> tuple[Draw, int]:
-    """Returns what samples in the page in docs/demo, on one core."""
+    """Returns a function that draws a batch in the page in docs/demo, on one core."""
     from tests.demo_site import draw as draw_in
 
     name = "teacher" if checkpoint.num_steps is None else f"student-{steps}"
@@ -185,6 +202,7 @@ def row(name: str, steps: int, way: str, took: list[float]) -> str:
 def table(rows: list[str], sizes: list[int], device: torch.device) -> str:
     """Returns the table with what it was measured on."""
     threads = torch.get_num_threads()
+    gpu = "" if device.type == "cpu" else " for PyTorch, cpu for the others"
     heads = [f"batch {size}" for size in sizes]
     return "\n".join(
         [
@@ -192,8 +210,8 @@ def table(rows: list[str], sizes: list[int], device: torch.device) -> str:
             "",
             "`make latency` measured this while nothing else ran.",
             "",
-            f"Milliseconds an image, {device} ({processor()}), {threads} threads (the browser has "
-            f"one), torch {torch.__version__}. A base model's {LONGEST} steps are timed, and "
+            f"Milliseconds an image, {device}{gpu} ({processor()}), {threads} threads (the browser "
+            f"has one), torch {torch.__version__}. A base model's {LONGEST} steps are timed, and "
             "multiplied for more.",
             "",
             f"| model | steps | run by | {' | '.join(heads)} | images a second at best |",

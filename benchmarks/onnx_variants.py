@@ -21,7 +21,15 @@ from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.sampling import SampleRequest
 from tools import export_onnx
 from tools.onnx_file import read_onnx
-from utils.command import InputError, path_name, run_script, say, whole_number
+from utils.command import (
+    INTERRUPTED,
+    InputError,
+    Stopped,
+    path_name,
+    run_script,
+    say,
+    whole_number,
+)
 from utils.processes import World
 from utils.progress import progress_bar
 from utils.randomness import ImageNoise
@@ -49,6 +57,8 @@ def compare(arguments: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(path)
     if checkpoint.config.data.name not in DIGITS:
         raise InputError(f"{path}: of {checkpoint.config.data.name}; digits are compared here")
+    if checkpoint.config.model.num_classes is not None:
+        raise InputError(f"{path}: takes classes; models without are compared here")
     extract = make_extractor("digits", torch.device("cpu"))
     real = extract(real_images(checkpoint.config).reference, "features of real images")
     wanted, seconds = by_pytorch(checkpoint, path, count)
@@ -67,7 +77,9 @@ def compare(arguments: argparse.Namespace) -> None:
         for precision in export_onnx.PRECISIONS:
             file = Path(folder, f"{precision}.onnx")
             command = [str(path), "--output", str(file), "--precision", precision]
-            if export_onnx.main(command):
+            if (code := export_onnx.main(command)) == INTERRUPTED:
+                raise Stopped
+            if code:
                 raise InputError(f"{path}: not exported in {precision}")
             images, seconds = by_onnx(checkpoint, file, count)
             add(f"ONNX Runtime, {precision}", file.stat().st_size, images, seconds)

@@ -50,8 +50,8 @@ def table(checkpoint: Path, teacher: Path, count: int) -> str:
     cpu = torch.device("cpu")
     learnt, taught_by = load_checkpoint(checkpoint), load_checkpoint(teacher)
     config = learnt.config
-    if config.model.num_classes is not None:
-        raise InputError(f"{checkpoint}: class-conditional; this is for networks without classes")
+    if config.model.num_classes is not None or config.codec.name != "pixels":
+        raise InputError(f"{checkpoint}: this is for models of pixels without classes")
     if learnt.num_steps is None:
         raise InputError(f"{checkpoint}: a base model; give a student")
     grid, fine = learnt.levels(), teachers_levels(learnt, taught_by)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command import (
+    InputError,
     add_device_argument,
     path_name,
     run_script,
@@ -58,17 +59,24 @@ def measure(arguments: argparse.Namespace) -> None:
     import torch
 
     from pipeline.config import load_config
+    from pipeline.latents import with_codec
     from utils.files import write_text
     from utils.processes import choose_device
 
-    config = load_config(arguments.config_path, arguments.set)
+    for item in arguments.beside or ():
+        if not item.startswith("engine.") or item.startswith("engine.tf32="):
+            raise InputError(
+                f"--beside {item}: take values of engine, and not tf32, which is global"
+            )
+    path = arguments.config_path
+    config = with_codec(load_config(path, arguments.set), path)
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     bench = Bench(config, device, arguments.steps)
     bench.add_layers()
     measures = dict(bench.measures)
     if arguments.beside:
-        changed = load_config(arguments.config_path, [*arguments.set, *arguments.beside])
+        changed = with_codec(load_config(path, [*arguments.set, *arguments.beside]), path)
         other = Bench(changed, device, arguments.steps)
         measures |= {
             beside(name, arguments): other.measures[name] for name in bench.whole_measures()
@@ -389,6 +397,8 @@ RATIOS = {
     "training update / plain training loop": ("training update", "plain training loop"),
 }
 
+IN_FLOAT32 = ("convolutions alone", "plain training loop")
+
 
 def summarise(times: dict[str, list[float]], bench: Bench, arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """Medians, quartiles, rates and paired ratios, as plain values."""
@@ -413,9 +423,11 @@ def summarise(times: dict[str, list[float]], bench: Bench, arguments: argparse.N
     ratios = {}
     steps = (f"{bench.steps} steps", str(bench.steps))
     for title, (top, bottom) in RATIOS.items():
+        if bottom in IN_FLOAT32 and bench.config.engine.precision != "fp32":
+            continue
         pair = (times[top.format(steps[0])], times[bottom.format(steps[1])])
         ratios[title] = spread([a / b for a, b in zip(*pair, strict=True)])
-    for name in [name for name in plain if name in times]:
+    for name in filter(times.__contains__, plain):
         pair = times[name], times[plain[name]]
         ratios[f"{name} / without"] = spread([a / b for a, b in zip(*pair, strict=True)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -93,6 +93,8 @@ def load_published(
     for path in folder.glob(f"{name}-*.safetensors"):
         if found := re.fullmatch(r"(?:(.+)-)?(\d+)-steps?", path.stem.removeprefix(f"{name}-")):
             kinds.setdefault(found[1] or "", {})[int(found[2])] = path
+    if not kinds:
+        raise InputError(f"{folder}: has no weights named {name}-<steps>-steps.safetensors")
     if kind not in kinds:
         raise InputError(f"kind: {kind!r}; {name} has {', '.join(map(repr, sorted(kinds)))}")
     students = kinds[kind]

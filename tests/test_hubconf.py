@@ -156,6 +156,8 @@ def test_the_kind_chooses_the_students_and_their_teacher():
     kinds = "'', 'adversarial', 'by-class', 'half-width', 'tract'"
     with pytest.raises(InputError, match=f"kind: 'best'; mnist has {kinds}"):
         load_published(folder, "mnist", 4, kind="best")
+    with pytest.raises(InputError, match="configs: has no weights named mnist-<steps>-steps"):
+        load_published(ROOT / "configs", "mnist")
 
 
 def test_the_images_are_those_of_sample_py_one_by_one():

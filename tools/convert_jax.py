@@ -39,7 +39,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import Checkpoint, progressive_student, publish_checkpoint
     from pipeline.checkpoint_checks import require_name
     from pipeline.config import load_config
-    from pipeline.network import misfit
+    from pipeline.network import build_schedule, misfit
 
     if arguments.output.suffix != ".safetensors":
         raise InputError(f"--output {arguments.output}: give a name that ends in .safetensors")
@@ -53,6 +53,9 @@ def convert(arguments: argparse.Namespace) -> None:
         )
     if not isinstance(config.model, UNetSection):
         raise InputError(f"{arguments.config_path}: model.name: the paper's networks are unet")
+    build_schedule(config)  # raises InputError if there is none
+    if config.codec.name != "pixels":
+        raise InputError(f"{arguments.config_path}: codec.name: the paper's models are of pixels")
     resolutions = len(config.model.channel_multipliers)
     model = state_dict_of(weights, resolutions, arguments.checkpoint)
     if wrong := misfit(model, config):

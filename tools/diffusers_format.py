@@ -56,10 +56,7 @@ def exported(
             f"{path}: diffusion.prediction: {prediction}, which no scheduler of diffusers reads; "
             f"{', '.join(PREDICTION_TYPES)} can be exported"
         )
-    if checkpoint.num_steps and steps not in (None, checkpoint.num_steps):
-        raise InputError(
-            f"--steps {steps}: {path} was distilled for {checkpoint.num_steps}; leave --steps out"
-        )
+    require_own_steps(checkpoint, path, steps)
     if checkpoint.sampler not in (None, "ddim") and checkpoint.num_steps != 1:
         raise InputError(
             f"{path}: sampler: {checkpoint.sampler}, which DDIMScheduler is not; a student of one "
@@ -67,6 +64,14 @@ def exported(
         )
     _require_guidance(guidance, model.guidance, path)
     return EXPORTS[model.name](checkpoint, path, checkpoint.levels(steps), guidance)
+
+
+def require_own_steps(checkpoint: Checkpoint, path: Path, steps: int | None) -> None:
+    """Raises InputError if a student is asked for another number of steps than its own."""
+    if checkpoint.num_steps and steps not in (None, checkpoint.num_steps):
+        raise InputError(
+            f"--steps {steps}: {path} was distilled for {checkpoint.num_steps}; leave --steps out"
+        )
 
 
 def _require_guidance(weight: float | None, wanted: bool, path: Path) -> None:

@@ -16,6 +16,7 @@ its graph is stored once (z, logsnr -> x_hat, eps_hat), and the weights of each 
 precision and gzip. manifest.json lists the files with their sizes, digests and noise levels."""
 FORMAT = "progressive-distillation demo"
 FORMAT_VERSION = 1
+Files = dict[str, bytes]  # by their names
 PRETRAINED = (
     "teacher",
     "adversarial-8-steps",
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes the files, the manifest last."""
+    """Makes all files, then writes them, the manifest last."""
     from pipeline.checkpoint import load_checkpoint
+    from utils.files import atomic_write
 
     folder, paths, guided_path = arguments.output, arguments.checkpoint, arguments.guided
     if paths is None:
@@ -69,17 +71,20 @@ def export(arguments: argparse.Namespace) -> None:
         "format_version": FORMAT_VERSION,
         "image_size": first.config.data.image_size,
     }
+    files: Files = {}
     models = []
     for path, checkpoint in loaded:
         levels = checkpoint.levels(None if checkpoint.num_steps else arguments.steps)
-        models.append(_model(folder, _name(checkpoint), path, checkpoint, order, levels.tolist()))
-    manifest["graph"] = _stored(folder, "graph.onnx", graph)
+        models.append(_model(files, _name(checkpoint), path, checkpoint, order, levels.tolist()))
+    manifest["graph"] = _stored(files, "graph.onnx", graph)
     manifest["models"] = sorted(models, key=lambda model: (-model["steps"], model["name"]))
     if guided_path is not None:
-        manifest["guided"] = _guided(folder, guided_path, guided)
-    text = json.dumps(manifest, indent=1) + "\n"
-    _stored(folder, "manifest.json", text.encode())
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        manifest["guided"] = _guided(files, guided_path, guided)
+    _stored(files, "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
+    size = sum(map(len, files.values()))
     say(f"written: {folder}: {', '.join(m['name'] for m in models)}, {size / 1e6:.1f} MB in all")
 
 
@@ -100,13 +105,13 @@ def _load_guided(path: Path, other: Any) -> Any:
     return checkpoint
 
 
-def _guided(folder: Path, path: Path, checkpoint: Any) -> dict[str, Any]:
-    """Writes graph and weights of the guided student. Returns its entry of the manifest."""
+def _guided(files: Files, path: Path, checkpoint: Any) -> dict[str, Any]:
+    """Adds graph and weights of the guided student. Returns its entry of the manifest."""
     graph, order = _graph(path, checkpoint)
-    entry = _model(folder, "guided", path, checkpoint, order, checkpoint.levels().tolist())
+    entry = _model(files, "guided", path, checkpoint, order, checkpoint.levels().tolist())
     return {
         **entry,
-        "graph": _stored(folder, "guided.onnx", graph),
+        "graph": _stored(files, "guided.onnx", graph),
         "classes": checkpoint.config.model.num_classes,
         "guidance": list(checkpoint.config.distillation.guidance or (0.0, 4.0)),
     }
@@ -172,9 +177,9 @@ def _graph(path: Path, checkpoint: Any) -> tuple[bytes, list[str]]:
 
 
 def _model(
-    folder: Path, name: str, path: Path, checkpoint: Any, order: list[str], levels: list[float]
+    files: Files, name: str, path: Path, checkpoint: Any, order: list[str], levels: list[float]
 ) -> dict[str, Any]:
-    """Writes the weights of a checkpoint. Returns its entry of the manifest."""
+    """Adds the weights of a checkpoint. Returns its entry of the manifest."""
     from pipeline.checkpoint_checks import require_finite
 
     halves = {key: checkpoint.weights[key].half().contiguous() for key in order}
@@ -185,25 +190,22 @@ def _model(
         "steps": len(levels) - 1,
         "levels": levels[:-1],  # JSON has no infinity
         "clip": checkpoint.config.sampling.clip,
-        "weights": _packed(folder, f"{name}.bin", content),
+        "weights": _packed(files, f"{name}.bin", content),
     }
 
 
-def _packed(folder: Path, name: str, content: bytes) -> dict[str, Any]:
-    """Writes the file in gzip. Returns its names and sizes with and without, and its digest.
+def _packed(files: Files, name: str, content: bytes) -> dict[str, Any]:
+    """Adds the file in gzip. Returns its names and sizes with and without, and its digest.
 
     The digest is that of the content, as some servers unpack it on the way.
     """
-    packed = _stored(folder, f"{name}.gz", gzip.compress(content, mtime=0))
+    packed = _stored(files, f"{name}.gz", gzip.compress(content, mtime=0))
     return {"packed": packed["file"], "packedBytes": packed["bytes"], **_described(name, content)}
 
 
-def _stored(folder: Path, name: str, content: bytes) -> dict[str, Any]:
-    """Writes the file. Returns its name, size and digest."""
-    from utils.files import atomic_write
-
-    with atomic_write(folder / name) as file:
-        file.write(content)
+def _stored(files: Files, name: str, content: bytes) -> dict[str, Any]:
+    """Adds the file. Returns its name, size and digest."""
+    files[name] = content
     return _described(name, content)
 
 

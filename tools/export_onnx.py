@@ -31,13 +31,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes the file, and opens it once. Raises InputError if ONNX Runtime cannot."""
+    """Writes the file, and opens it once. Raises InputError if ONNX Runtime cannot; it stays."""
     import torch
 
     from pipeline.build import image_shape, load_denoiser
     from pipeline.checkpoint import load_checkpoint
     from pipeline.sections import EngineConfig
     from tools import onnx_file
+    from tools.diffusers_format import require_own_steps
     from utils.files import atomic_write
 
     path, output = arguments.checkpoint, arguments.output
@@ -46,6 +47,7 @@ def export(arguments: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(path)
     if checkpoint.config.codec.name != "pixels":
         raise InputError(f"{path}: a model of latents (codec.name); only pixels are exported")
+    require_own_steps(checkpoint, path, arguments.steps)
     levels = checkpoint.levels(arguments.steps)
     graph = "one_step" if arguments.one_step else "sampler"
     if graph == "sampler":

@@ -34,6 +34,7 @@ def import_pipeline(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint_checks import require_name
     from pipeline.config import make_config
     from pipeline.network import misfit
+    from pipeline.values import TABLE
     from utils.strict_yaml import override
 
     folder, output = arguments.folder, arguments.output
@@ -51,6 +52,8 @@ def import_pipeline(arguments: argparse.Namespace) -> None:
     config = make_config(override(values, arguments.set), str(folder))
     weights = source.read_weights(unet)
     model = {"table": levels, **{f"unet.{key}": tensor for key, tensor in weights.items()}}
+    if config.diffusion.schedule != TABLE:
+        raise InputError(f"{folder}: diffusion.schedule: {TABLE}, the pipeline's own; leave it out")
     if wrong := misfit(model, config):
         raise InputError(f"{unet / source.WEIGHTS}: not the network of its config.json: {wrong}")
     checkpoint = Checkpoint(
@@ -63,13 +66,14 @@ def import_pipeline(arguments: argparse.Namespace) -> None:
         model=model,
     )
     publish_checkpoint(output, checkpoint, half=False)
+    steps = ", ".join(map(str, config.distillation.steps()))
     command = ["python", "distill.py", "--teacher_model_checkpoint", str(output)]
     if config.data.name == "image_folder" and config.data.root == "data":
         command += ["--set", "data.root=DIR"]
     say(
         f"written: {output}: a base model of {len(levels)} noise levels that predicts "
         f"{scheduler.prediction}, {sum(t.numel() for t in weights.values()):,} parameters\n"
-        f"its ladder (--set distillation.ladder): {', '.join(map(str, ladder))}; the students "
+        f"its ladder (--set distillation.ladder): {steps}; the students "
         f"predict {config.distillation.prediction or scheduler.prediction}\n"
         f"next: {shlex.join(command)}"
     )

@@ -12,7 +12,7 @@ from evaluation.tables import markdown
 from pipeline.build import image_shape
 from pipeline.checkpoint import Checkpoint
 from tools.diffusers_format import Exported
-from utils.command import InputError
+from utils.command import InputError, warn
 from utils.processes import World
 
 
@@ -22,8 +22,11 @@ def measured(path: Path, checkpoint: Checkpoint, steps: int, guidance: float) ->
     if results is None:
         raise InputError(f"--results {path}: no such file; evaluate.py writes a results.json")
     gallery = Gallery(Path(), World(torch.device("cpu")), seed=0, batch_size=1)
-    key = gallery.key(checkpoint, "ddim", steps, guidance)
-    return [row for row in results.rows if row.source == key]
+    key = gallery.key(checkpoint, checkpoint.sampler or "ddim", steps, guidance)
+    rows = [row for row in results.rows if row.source == key]
+    if not rows:
+        warn(f"--results {path}: no row measures these weights in {steps} steps (seed 0, fp32)")
+    return rows
 
 
 def model_card(checkpoint: Checkpoint, parts: Exported, folder: str, rows: Sequence[Row]) -> str:
@@ -39,7 +42,6 @@ def model_card(checkpoint: Checkpoint, parts: Exported, folder: str, rows: Seque
 
 HEADER = """\
 ---
-license: mit
 library_name: diffusers
 tags:
 - diffusion
@@ -71,7 +73,6 @@ def _description(checkpoint: Checkpoint, parts: Exported) -> str:
         "classes": _classes(classes, parts.unet.get("num_class_embeds")),
         "the network predicts": config.diffusion.prediction,
         "parameters": f"{sum(t.numel() for t in parts.weights.values()):,}",
-        "licence": "MIT",
     }
     return (
         f"A diffusion model, {checkpoint.name}, made for {parts.steps} "

@@ -25,12 +25,13 @@ LARGEST = 2**31  # bytes of a file
 class OneStep(nn.Module):
     """(z, logsnr, *condition) -> x_hat, eps_hat, not clipped. conditions: names of the inputs."""
 
-    def __init__(self, denoiser: Denoiser, network: nn.Module, conditions: list[str]) -> None:
+    def __init__(self, denoiser: Denoiser, conditions: list[str]) -> None:
         super().__init__()
-        self.denoiser, self.network, self.conditions = denoiser, network, conditions
+        self.denoiser, self.conditions = denoiser, conditions
+        self.network: Any = denoiser.network
 
     def forward(self, z: Tensor, logsnr: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what the network believes of z."""
+        """Returns x_hat and eps_hat."""
         named = dict(zip(self.conditions, condition, strict=True))
         prediction = self.denoiser(z, logsnr, **named)
         return prediction.x, prediction.eps
@@ -39,12 +40,10 @@ class OneStep(nn.Module):
 class Jump(nn.Module):
     """(z, here, there, *condition) -> z at the level there: one DDIM step. here, there: (1,)."""
 
-    def __init__(
-        self, denoiser: Denoiser, network: nn.Module, conditions: list[str], clip: bool
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, conditions: list[str], clip: bool) -> None:
         super().__init__()
-        self.denoiser, self.network, self.conditions = denoiser, network, conditions
-        self.clip = clip
+        self.denoiser, self.conditions, self.clip = denoiser, conditions, clip
+        self.network: Any = denoiser.network
 
     def forward(self, z: Tensor, here: Tensor, there: Tensor, *condition: Tensor) -> Tensor:
         """Returns where the step leads to."""
@@ -57,8 +56,6 @@ class Jump(nn.Module):
 class Decode(nn.Module):
     """x -> uint8 images."""
 
-    conditions: tuple[str, ...] = ()
-
     def forward(self, x: Tensor) -> Tensor:
         """Returns the images."""
         return decode(x)
@@ -68,10 +65,9 @@ def one_step(
     denoiser: Denoiser, conditions: list[str], shape: tuple[int, ...], optimize: bool = True
 ) -> Any:
     """Returns the onnx model of a OneStep. shape: (C, H, W). optimize: see traced."""
-    network: Any = denoiser.network
     names = ["z", "logsnr", *conditions]
     inputs = (torch.randn(2, *shape), torch.zeros(2))
-    step = OneStep(denoiser, network, conditions)
+    step = OneStep(denoiser, conditions)
     return traced(step, inputs, _examples(conditions), names, ["x_hat", "eps_hat"], optimize)
 
 
@@ -79,9 +75,8 @@ def all_steps(
     denoiser: Denoiser, conditions: list[str], shape: tuple[int, ...], clip: bool, levels: Tensor
 ) -> Any:
     """Returns the onnx model of sampling: noise, *conditions -> uint8 images, on these levels."""
-    network: Any = denoiser.network
     z = torch.randn(2, *shape)
-    jump = Jump(denoiser, network, conditions, clip)
+    jump = Jump(denoiser, conditions, clip)
     inputs = (z, torch.zeros(1), torch.ones(1))
     names = ["z", "here", "there", *conditions]
     once = traced(jump, inputs, _examples(conditions), names, ["z_there"])
@@ -149,9 +144,9 @@ def unrolled(jump: Any, end: Any, levels: Tensor) -> Any:
     from onnx import helper, numpy_helper
 
     graph = jump.graph
-    weights = {tensor.name: tensor for tensor in (*graph.initializer, *end.graph.initializer)}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
     z, here, there, *conditions = list(graph.input)
-    shared = {*weights, *(value.name for value in conditions), ""}
+    shared = {name: name for name in (*weights, *(value.name for value in conditions), "")}
     nodes, latest = [], "noise"
 
     def add(part: Any, prefix: str, given: dict[str, str]) -> str:
@@ -161,19 +156,22 @@ def unrolled(jump: Any, end: Any, levels: Tensor) -> Any:
             nodes.append(node)
             node.name = f"{prefix}{node.name}"
             for names in (node.input, node.output):
-                renamed = [given.get(n, n if n in shared else f"{prefix}{n}") for n in names]
+                renamed = [given.get(n, f"{prefix}{n}") for n in names]
                 del names[:]
                 names.extend(renamed)
         return f"{prefix}{part.output[0].name}"
 
     for n, pair in enumerate(pairwise(levels.float())):
-        given = {z.name: latest}
+        given = {**shared, z.name: latest}
         for value, level in zip((here, there), pair, strict=True):
             name = f"level {n} {value.name}"
             weights[name] = numpy_helper.from_array(level[None].numpy(), name)
             given[value.name] = name
         latest = add(graph, f"step {n} ", given)
-    images = add(end.graph, "end ", {end.graph.input[0].name: latest})
+    for tensor in end.graph.initializer:  # its names may be those of other weights
+        weights[f"end {tensor.name}"] = own = copy.deepcopy(tensor)
+        own.name = f"end {tensor.name}"
+    images = add(end.graph, "end ", {"": "", end.graph.input[0].name: latest})
     noise, made = copy.deepcopy(z), copy.deepcopy(end.graph.output[0])
     noise.name, made.name = "noise", images
     whole = helper.make_graph(

@@ -33,7 +33,9 @@ def publish(arguments: argparse.Namespace) -> None:
     checkpoints = [load_checkpoint(path) for path in arguments.checkpoint]
     steps_of = [checkpoint.num_steps for checkpoint in checkpoints]
     if len(set(steps_of)) < len(steps_of):
-        raise InputError("--checkpoint: two of them would have one name; publish each alone")
+        raise InputError(
+            "--checkpoint: two of them would have one name; publish each with a --name of its own"
+        )
     renamed: dict[str, str] = {}  # the digest of weights -> that of the published ones
     for checkpoint in sorted(checkpoints, key=lambda c: c.stage):
         steps = checkpoint.num_steps

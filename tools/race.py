@@ -45,6 +45,8 @@ def race(arguments: argparse.Namespace) -> None:
         steps = arguments.steps if checkpoint.num_steps is None else checkpoint.num_steps
         name = "teacher" if checkpoint.kind == "base" else "student"
         rows.append((name, states(checkpoint, path, steps, arguments)))
+    if len({frames[0].shape[1:] for _, frames in rows}) > 1:
+        raise InputError("--checkpoint: images of different sizes; give models of the same size")
     longest = max(len(frames) for _, frames in rows)
     animation = [frame([(name, at(n, frames)) for name, frames in rows]) for n in range(longest)]
     save_gif(arguments.output, animation, scale=1, milliseconds=60)
@@ -72,7 +74,7 @@ def states(
 
 
 def at(call: int, frames: "list[Tensor]") -> "tuple[str, Tensor]":
-    """Returns what is to be seen after so many calls, with a text."""
+    """Returns a caption, and the images after so many calls, or the last ones."""
     total = len(frames) - 1
     done = min(call, total)
     calls = "call" if total == 1 else "calls"

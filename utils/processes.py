@@ -115,7 +115,7 @@ def join_world(device_name: str | None) -> Iterator[World]:
 
 
 def take_all_threads() -> None:
-    """For what one process does alone: the threads of the others on this machine, too."""
+    """Gives this process the threads of all on this machine, for work that it does alone."""
     torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 

@@ -183,6 +183,7 @@ def test_another_config_is_named(run):
     data = (GOLDEN / "checkpoint.msgpack").read_bytes()
     assert "of another shape" in run(data, "--set", "model.channels=64")
     assert "left over" in run(data, "--set", "model.num_classes=null")
+    assert "diffusion.schedule: table" in run(data, "--set", "diffusion.schedule=table")
 
 
 def test_arrays_of_no_dimension_are_numbers(run, content):

@@ -381,11 +381,13 @@ def test_options_that_do_not_fit_are_refused(options, said, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_distances_of_other_weights_are_left_out(tmp_path):
+def test_distances_of_other_weights_are_left_out(tmp_path, capsys):
     results = str(ROOT / "docs" / "mnist" / "results.json")
     export(tmp_path, checkpoint_of({}), "--results", results)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "How good" not in card
+    assert "no row measures these weights" in capsys.readouterr().err
+    assert "license" not in card, "which is for the owner of the weights to say"
     assert str(tmp_path) not in card
 
 

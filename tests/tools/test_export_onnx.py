@@ -171,6 +171,7 @@ def test_what_cannot_be_exported_is_refused(files, tmp_path, capsys):
     for arguments, reason in (
         ([plain, "--output", "x.pt"], "ends in .onnx"),
         ([str(many), "--output", str(tmp_path / "x.onnx")], "at most 16"),
+        ([str(many), "--output", str(tmp_path / "x.onnx"), "--steps", "8"], "was distilled for 32"),
     ):
         assert export_onnx.main(arguments) == 2
         assert reason in capsys.readouterr().err

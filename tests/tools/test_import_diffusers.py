@@ -569,6 +569,7 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
         ((tmp_path / "p", "--output", tmp_path / "x.pt"), "ends in .safetensors"),
         ((tmp_path / "p", *output, "--set", "data.name=x"), "data.name: 'x' is not one of"),
         ((tmp_path / "p", *output, "--set", "model.guidance=true"), "takes no guidance weight"),
+        ((tmp_path / "p", *output, "--set", "diffusion.schedule=cosine"), "the pipeline's own"),
     ):
         assert said in refused(capsys, import_diffusers, *arguments)
 

@@ -53,6 +53,16 @@ def test_every_frame_is_a_call_of_each_network(models, tmp_path):
         assert np.abs(pictures(frames[5], row, 3) - made).max() <= 2, "GIFs have few colours"
 
 
+def test_models_of_other_sizes_are_refused(models, tmp_path, capsys):
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(tiny(data={"image_size": 16}, training={"updates": 1})))
+    assert train.main(["--config_path", str(config), "--output", str(tmp_path / "small")]) == 0
+    small = str(tmp_path / "small" / "diffusion-1.pt")
+    given = ["--checkpoint", small, str(models[1]), "--steps", "2", "--count", "1"]
+    assert race.main([*given, "--output", str(tmp_path / "race.gif")]) == 2
+    assert "images of different sizes" in capsys.readouterr().err
+
+
 def test_other_names_are_refused(models, tmp_path, capsys):
     given = ["--checkpoint", str(models[0]), "--output", str(tmp_path / "race.png")]
     assert race.main(given) == 2
