@@ -589,3 +589,55 @@ def test_without_webassembly_the_page_says_so(browser, site):
     until(browser, "!document.getElementById('error').hidden")
     assert "does not run WebAssembly" in text_of(browser, "#error")
     assert browser.get_log("browser") == []
+
+
+@needs_browser
+def test_a_missing_module_is_told_of(browser, site):
+    site.altered["modules", "noise.js"] = None
+    browser.get(site.page("modules"))
+    until(browser, "document.getElementById('status').textContent.startsWith('A part of this')")
+    browser.get_log("browser")
+
+
+@needs_browser
+def test_a_broken_worker_leaves_nothing_waiting(browser, site):
+    site.altered["worker", "worker.js"] = b"throw new Error('broken');"
+    browser.get(site.page("worker"))
+    until(browser, "!document.getElementById('error').hidden")
+    assert "worker has failed" in text_of(browser, "#error")
+    browser.execute_async_script("demo.loaded.then(arguments[0])")
+    assert text_of(browser, "#status") == "Some models are not available."
+    assert "waiting" not in text_of(browser, "#compare")
+    for output in ("#walk output", "#steps output", "#guided .time", "#trajectory .strip"):
+        assert "not available" in text_of(browser, output)
+    browser.get_log("browser")
+
+
+@needs_browser
+def test_a_second_finger_draws_nothing(browser, site):
+    browser.get(site.page("plain"))
+    until(browser, "window.demo")
+    script = """
+        const pen = document.querySelector('#stroke .pen');
+        document.querySelector('#stroke .clear').click();
+        const box = pen.getBoundingClientRect();
+        const send = (kind, id, x) => pen.dispatchEvent(new PointerEvent(kind, {
+            pointerId: id, isPrimary: id === 1, button: 0, pointerType: 'touch',
+            clientX: box.left + x * box.width, clientY: box.top + box.height / 2 }));
+        pen.setPointerCapture = () => {};
+        const ink = () => {
+            const { data } = pen.getContext('2d').getImageData(0, 0, pen.width, pen.height);
+            return data.reduce((sum, value, i) => sum + (i % 4 ? 0 : value), 0);
+        };
+        send('pointerdown', 1, 0.2);
+        const dot = ink();
+        send('pointerdown', 2, 0.8);
+        send('pointermove', 2, 0.9);
+        const after = ink();
+        send('pointerup', 2, 0.9);
+        send('pointermove', 1, 0.4);
+        return [dot, after, ink()];
+    """
+    dot, after, line = browser.execute_script(script)
+    assert dot == after > 0
+    assert line > after, "the first one is still down"

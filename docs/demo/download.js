@@ -3,11 +3,11 @@
 const ADVICE = "Reload the page; if that does not help, the site's copy of it is incomplete.";
 
 /** Returns the bytes of a file as they are. onProgress: called with the number of bytes so far. */
-async function download(url, onProgress = () => {}) {
+async function download(url, onProgress = () => {}, options = {}) {
   const name = nameOf(url);
   let response;
   try {
-    response = await fetch(url);
+    response = await fetch(url, options);
   } catch {
     throw new Error(`${name} could not be loaded: the server did not answer. ${ADVICE}`);
   }
@@ -66,9 +66,9 @@ export async function downloadChecked(entry, base, onProgress) {
   return bytes;
 }
 
-/** Returns the JSON in a file. */
+/** Returns the JSON in a file, never an old one: it says which other files are wanted. */
 export async function downloadJson(url) {
-  const bytes = await download(url);
+  const bytes = await download(url, undefined, { cache: "no-cache" });
   try {
     return JSON.parse(new TextDecoder().decode(bytes));
   } catch {

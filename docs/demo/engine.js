@@ -4,7 +4,7 @@
 export class Cancelled extends Error {}
 
 export class Engine {
-  /** onProgress: called with (file, number of bytes so far). onCrash: with a sentence. */
+  /** onProgress: called with (file, number of bytes so far). onCrash: with an Error. */
   constructor(manifest, base, onProgress, onCrash) {
     this.waiting = new Map();
     this.opened = new Map();
@@ -17,12 +17,13 @@ export class Engine {
     this.worker.onerror = (event) => {
       event.preventDefault();
       const reason = event.message ? ` (${event.message})` : "";
-      onCrash(`The page could not start its worker${reason}. Reload the page.`);
+      this.#crash(new Error(`The page's worker has failed${reason}. Reload the page.`));
+      onCrash(this.crashed);
     };
     for (const model of [...manifest.models, manifest.guided]) {
       if (model) this.opened.set(model.name, later());
     }
-    this.#ask({ kind: "start", manifest, base: String(base) });
+    this.#ask({ kind: "start", manifest, base: String(base) }).answer.catch(() => {});
   }
 
   #answer({ id, step, result, error }) {
@@ -37,12 +38,20 @@ export class Engine {
     else question.resolve(result);
   }
 
-  #ask(message, onStep, transferred = []) {
+  /** Ends all waiting, now and later. */
+  #crash(error) {
+    this.crashed = error;
+    for (const { reject } of [...this.waiting.values(), ...this.opened.values()]) reject(error);
+    this.waiting.clear();
+  }
+
+  #ask(message, onStep) {
     const id = this.next++;
     const answer = new Promise((resolve, reject) => {
-      this.waiting.set(id, { resolve, reject, onStep });
+      if (this.crashed) reject(this.crashed);
+      else this.waiting.set(id, { resolve, reject, onStep });
     });
-    this.worker.postMessage({ id, ...message }, transferred);
+    this.worker.postMessage({ id, ...message });
     return { id, answer };
   }
 

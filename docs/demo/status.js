@@ -6,6 +6,7 @@ export class Status {
   constructor() {
     [this.line, this.bar, this.alert] =
       ["status", "loading", "error"].map((id) => document.getElementById(id));
+    this.line.setAttribute("aria-live", "off"); // the bar tells how far loading is
     this.sizes = new Map();
     this.received = new Map();
   }
@@ -29,6 +30,7 @@ export class Status {
   /** Ends the progress. whole: whether all models are there. */
   complete(whole) {
     this.bar.hidden = true;
+    this.line.setAttribute("aria-live", "polite");
     if (!whole) {
       this.line.textContent = "Some models are not available.";
       return;

@@ -1,5 +1,6 @@
 // Ten digits by a student that takes class and guidance weight as inputs. Hidden without one.
 
+import { Cancelled } from "../engine.js";
 import { normals } from "../noise.js";
 import { duration, paint } from "../picture.js";
 import { newest } from "../tasks.js";
@@ -23,9 +24,14 @@ export function start(section, { engine, manifest, report }) {
     const label = Array.from({ length: model.classes }, (_, k) => k);
     const condition = { label, guidance: label.map(() => guidance) };
     const noise = normals(seed, model.classes * size ** 2);
-    const drawn = await engine.sample(model.name, noise, { condition, signal });
-    paint(canvas, drawn.pixels, size, COLUMNS);
-    output.textContent = duration(drawn.ms);
+    try {
+      const drawn = await engine.sample(model.name, noise, { condition, signal });
+      paint(canvas, drawn.pixels, size, COLUMNS);
+      output.textContent = duration(drawn.ms);
+    } catch (error) {
+      if (!(error instanceof Cancelled)) output.textContent = "not available";
+      throw error;
+    }
   }, report);
 
   slider.addEventListener("input", () => draw());

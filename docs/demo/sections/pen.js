@@ -22,7 +22,9 @@ export class Pen {
     canvas.addEventListener("pointerdown", (event) => this.#press(event));
     canvas.addEventListener("pointermove", (event) => this.#move(event));
     for (const kind of ["pointerup", "pointercancel"]) {
-      canvas.addEventListener(kind, () => { this.down = false; });
+      canvas.addEventListener(kind, ({ isPrimary }) => {
+        if (isPrimary) this.down = false;
+      });
     }
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("blur", () => {
@@ -73,7 +75,7 @@ export class Pen {
   }
 
   #press(event) {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || !event.isPrimary) return; // a second finger draws nothing
     this.canvas.setPointerCapture(event.pointerId);
     Object.assign(this, { down: true, keys: false, at: this.#where(event) });
     this.#line(this.at, this.at); // a dot
@@ -81,7 +83,7 @@ export class Pen {
   }
 
   #move(event) {
-    if (!this.down || this.keys) return;
+    if (!this.down || this.keys || !event.isPrimary) return;
     // Between two frames a finger moves through several points.
     const events = event.getCoalescedEvents?.() ?? [];
     for (const each of events.length ? events : [event]) {

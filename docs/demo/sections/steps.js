@@ -33,7 +33,10 @@ export function start(section, { engine, manifest, report }) {
       try {
         known.set(model.name, await engine.sample(model.name, noise, { onStep, signal }));
       } catch (error) {
-        if (!(error instanceof Cancelled)) output.textContent = `${title}: not available`;
+        if (!signal.aborted && !(error instanceof Cancelled)) {
+          output.textContent = `${title}: not available`;
+          canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+        }
         throw error;
       }
     }

@@ -15,7 +15,20 @@ export function start(section, { engine, manifest, report }) {
   const [slider, output] = [find("input"), find("output")];
   let seed = 1;
 
+  let latest; // { n, z }: what the student is to finish
+
   const finish = coalesced(async () => {
+    const { n, z } = latest;
+    try {
+      const { pixels } = await engine.sample(model.name, z, { from: n });
+      paint(find(".clean"), pixels, size);
+    } catch (error) {
+      output.textContent = "the student is not available";
+      throw error;
+    }
+  }, report);
+
+  function change() {
     const n = slider.valueAsNumber;
     const [alpha, sigma] = alphaSigma(model.levels[n]);
     const left = plural(model.steps - n, "step");
@@ -25,19 +38,19 @@ export function start(section, { engine, manifest, report }) {
     const noise = normals(seed, size ** 2);
     const z = diffuse(fromPixels(pen.pixels()), noise, model.levels[n]);
     paint(find(".noisy"), toPixels(z), size);
-    const { pixels } = await engine.sample(model.name, z, { from: n });
-    paint(find(".clean"), pixels, size);
-  }, report);
+    latest = { n, z };
+    finish();
+  }
 
   slider.max = model.steps - 1;
   slider.value = Math.min(3, model.steps - 1);
-  const pen = new Pen(find(".pen"), size, finish);
-  slider.addEventListener("input", finish);
+  const pen = new Pen(find(".pen"), size, change);
+  slider.addEventListener("input", change);
   find(".clear").addEventListener("click", () => pen.clear());
   find(".example").addEventListener("click", () => pen.example());
   find(".renew").addEventListener("click", () => {
     seed++;
-    finish();
+    change();
   });
   pen.example();
 }

@@ -1,5 +1,6 @@
 // What a model sees and believes at each step: z_t and x_hat.
 
+import { Cancelled } from "../engine.js";
 import { normals } from "../noise.js";
 import { makeFigure, paint, titleOf } from "../picture.js";
 import { newest } from "../tasks.js";
@@ -24,7 +25,16 @@ export function start(section, { engine, manifest, report }) {
       if (signal.aborted || (n % every && !last)) return;
       strip.append(column(n, model.levels[n], z, x, size));
     };
-    await engine.sample(model.name, normals(seed, size ** 2), { onStep, signal });
+    try {
+      await engine.sample(model.name, normals(seed, size ** 2), { onStep, signal });
+    } catch (error) {
+      if (!signal.aborted && !(error instanceof Cancelled)) {
+        const item = document.createElement("li");
+        item.textContent = "not available";
+        strip.replaceChildren(item);
+      }
+      throw error;
+    }
   }, report);
 
   select.addEventListener("change", () => draw());

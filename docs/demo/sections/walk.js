@@ -38,6 +38,7 @@ export function start(section, { engine, manifest, report }) {
       finished = [...finished.filter((time) => now - time < WINDOW), now];
     } catch (error) {
       stop();
+      output.textContent = "not available";
       report(error);
     }
     asked--;
