@@ -1,8 +1,9 @@
 """Figures: the loss of a run, and distances by sampling steps."""
 
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ from utils.terminal import printable
 
 APART = 1.06  # the factor between the steps of neighbouring curves in a figure
 MARKERS = "os^"
+
+Curves = dict[str, list[tuple[int, float, float]]]
+"""By title: (sampling steps, distance, half its interval) of each point."""
 
 
 def draw_loss_curve(folder: Path) -> Path:
@@ -74,20 +78,29 @@ def draw_distances(path: Path, results: Results) -> None:
 
 def plot_distances(
     path: Path,
-    curves: Mapping[str, Sequence[tuple[int, float, float]]],
+    curves: Curves,
     floor: tuple[str, float] | None = None,
     thick: Container[str] = (),
 ) -> None:
-    """Plots curves of (sampling steps, distance, half its interval), both axes logarithmic.
-
-    floor: the name and height of a line. thick: titles of curves. Curves are moved apart sideways a
-    little, so that their intervals do not cover each other.
-    """
+    """Writes a picture of draw_curves, with a legend beside it."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(10.5, 5), layout="constrained")
-    axes = figure.subplots()
+    draw_curves(figure.subplots(), curves, floor, thick)
+    figure.legend(loc="outside right upper")  # it would hide points inside
+    save_figure(path, figure)
+
+
+def draw_curves(
+    axes: Any, curves: Curves, floor: tuple[str, float] | None = None, thick: Container[str] = ()
+) -> None:
+    """Plots curves of (sampling steps, distance, half its interval), both axes logarithmic.
+
+    axes: of matplotlib. floor: the name and height of a line. thick: titles of curves. Curves are
+    moved apart sideways a little, so that their intervals do not cover each other.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
     for number, (title, points) in enumerate(curves.items()):
         steps, distances, intervals = zip(*sorted(points), strict=True)
         aside = APART ** (number - (len(curves) - 1) / 2)
@@ -112,5 +125,3 @@ def plot_distances(
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")  # it would hide points inside
-    save_figure(path, figure)

@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from benchmarks import survey
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".", "docs", "docs/demo/vendor", "docs/mnist", "data/mnist", "pretrained")
@@ -77,3 +80,18 @@ def test_the_table_of_methods_shows_what_was_measured():
         assert (distance, recall) == found, line
         checked += 1
     assert checked == 25
+
+
+def test_the_picture_of_all_methods_shows_the_table(tmp_path):
+    samplers, quick, published = survey.panels_of((ROOT / "docs/methods.md").read_text())
+    assert samplers.curves["DDPM (ancestral)"] == [(1024, 0.126, 0.247), (128, 0.185, 0.15)]
+    assert (samplers.floor, quick.floor, published.floor) == (0.149, None, 0.077)
+    assert [steps for steps, *_ in quick.curves["k:1 in one stage"]] == [8, 4, 2, 1]
+    assert "teacher, DDIM" in published.curves
+    assert not any(
+        "guided" in name for panel in (samplers, quick, published) for name in panel.curves
+    )
+    file = tmp_path / "survey.png"
+    assert survey.main(["--table", str(ROOT / "docs/methods.md"), "--output", str(file)]) == 0
+    with Image.open(file) as picture:
+        assert picture.size == Image.open(ROOT / "docs/survey.png").size
