@@ -528,6 +528,13 @@ def test_students_are_checked_against_their_teacher_not_the_yamls_network(
     assert "distillation.student.num_classes: 7, but the teacher has 10" in line
 
 
+def test_a_section_that_is_none_is_one_line(teachers, tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**tiny(), "distillation": 3}))
+    command = ("--config_path", config, "--teacher_model_checkpoint", teachers["progressive"])
+    assert "tiny.yaml: distillation" in refused(capsys, distill, *command)
+
+
 def test_a_teacher_of_numbers_that_are_not_finite_chooses_no_grid(
     teachers, tmp_path, monkeypatch, capsys
 ):

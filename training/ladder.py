@@ -44,10 +44,10 @@ def distillation_config(
         section = section | _part(section, where, first_steps, iterations)
         values["distillation"] = section | _fitting_lists(old, section, where)
     section = values.get("distillation") or {}
-    # Whether a student fits its teacher is not asked of the YAML's own network.
-    fits = ("student", "guidance") if isinstance(section, dict) else ()
-    alone = {**values, "distillation": {k: v for k, v in section.items() if k not in fits}}
-    given = make_config(alone if fits else values, where)
+    if isinstance(section, dict):  # whether a student fits is a question to its teacher's network
+        apart = {k: v for k, v in section.items() if k not in ("student", "guidance")}
+        values["distillation"] = apart
+    given = make_config(values, where)
     compared = ("seed", "model", "diffusion", "data", "codec")
     free = FREE_KEYS | {"model.guidance"}  # it follows from distillation.guidance
     ignored = [k for k in differences(teacher.config, given, compared) if k not in free]
