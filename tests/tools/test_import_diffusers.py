@@ -372,15 +372,8 @@ def test_students_of_another_output_or_network(change, tmp_path):
 def test_classes(tmp_path, capsys):
     """A row for no class is one more than there are classes; without it -1 is refused."""
     pipeline(tmp_path / "p", num_steps=20, num_class_embeds=11)
-    line = refused(
-        capsys,
-        import_diffusers,
-        tmp_path / "p",
-        "--output",
-        tmp_path / "x.safetensors",
-        *MNIST,
-        "model.num_classes=9",
-    )
+    given = (tmp_path / "p", "--output", tmp_path / "x.safetensors", *MNIST)
+    line = refused(capsys, import_diffusers, *given, "model.num_classes=9")
     assert "model.num_classes: 9, but its num_class_embeds is 11" in line
     path = imported(tmp_path / "p", *MNIST, "model.num_classes=10")
     labels = ("--labels=-1", "--count", 2, "--output", tmp_path / "x.npz")
@@ -540,15 +533,8 @@ def test_a_table_of_levels_goes_to_devices_without_float64(tmp_path, monkeypatch
 def test_labels_cannot_be_dropped_where_no_row_means_no_class(tmp_path, capsys):
     pipeline(tmp_path / "p", num_steps=20, num_class_embeds=10)
     classes = ("--set", "data.name=mnist", "model.num_classes=10")
-    line = refused(
-        capsys,
-        import_diffusers,
-        tmp_path / "p",
-        "--output",
-        tmp_path / "x.safetensors",
-        *classes,
-        "training.label_dropout=0.1",
-    )
+    given = (tmp_path / "p", "--output", tmp_path / "x.safetensors", *classes)
+    line = refused(capsys, import_diffusers, *given, "training.label_dropout=0.1")
     assert "training.label_dropout: 0.1, but this network has no input for images without" in line
 
 
