@@ -248,8 +248,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A test that hangs is ended after ten minutes and says where it hung; the slowest takes one.
 test: lint
-	$(BIN)/python -m pytest -rs -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadscope
+	$(BIN)/python -m pytest -rs -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadscope \
+		--max-worker-restart 0 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -7,6 +7,7 @@ import resource
 import signal
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -183,7 +184,7 @@ class StreamedDataset:
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
         )
         others = set(multiprocessing.active_children())
-        finished = False
+        batches, finished = None, False
         try:
             batches = iter(loader)
             # torch reports a dead worker from a signal handler, which may interrupt anything.
@@ -200,8 +201,25 @@ class StreamedDataset:
                 )
             finished = True
         finally:
-            for worker in set(multiprocessing.active_children()) - others if not finished else ():
-                worker.kill()  # it may hang in a read, and ignores other signals
+            if not finished:
+                _end(batches, set(multiprocessing.active_children()) - others)
+
+
+def _end(batches: Any, workers: set[Any]) -> None:
+    """Ends the workers as torch does, then kills those that are left after a second.
+
+    A worker that is killed may hold the lock of the event by which torch tells workers to end, and
+    torch would wait for that lock for ever. So they are told before any is killed, and in a thread,
+    as one may have been killed by the system before.
+    """
+    told = threading.Thread(target=getattr(batches, "_shutdown_workers", None), daemon=True)
+    try:
+        told.start()
+        told.join(1)
+    finally:
+        for worker in workers:
+            worker.kill()  # it may hang in a read, and ignores other signals
+    told.join(1)
 
 
 def _next(batches: Iterator[Any], workers: int) -> Any:

@@ -398,6 +398,38 @@ def test_a_file_that_breaks_in_mid_run_costs_no_update(folder, tmp_path_factory,
     assert "going on from" in capsys.readouterr().out
 
 
+SLOW_TO_SEE_THE_END = """
+import gc, multiprocessing.synchronize, sys, time, torch
+from pipeline.data import open_dataset
+from utils.command import DataError
+
+def slowly(event):
+    with event._cond:
+        time.sleep(0.5)
+        return not event._flag._semlock._is_zero()
+
+multiprocessing.synchronize.Event.is_set = slowly
+d = open_dataset("image_folder", sys.argv[1], 16, 3, 1, torch.device("cpu"))
+broken = d.files.files[0]
+broken.write_bytes(broken.read_bytes()[:-300])
+try:
+    list(d.batches(torch.arange(1) for _ in range(9)))
+except DataError as error:
+    print(error, flush=True)
+gc.collect()
+print("collected", flush=True)
+"""
+
+
+def test_a_run_ends_though_its_worker_is_holding_a_lock(folder):
+    """Killed while it looks whether it is to end, a worker would block its run for ever."""
+    command = [sys.executable, "-c", SLOW_TO_SEE_THE_END, folder]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    said = out.stdout.splitlines()
+    assert "not a readable image" in said[0]
+    assert said[1] == "collected", "torch has ended the workers"
+
+
 def test_a_missing_or_empty_folder_is_named(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         open_here("image_folder", tmp_path / "nowhere")
