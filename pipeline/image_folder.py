@@ -1,5 +1,6 @@
 """A folder of images as a data set, checked when opened and streamed by worker processes."""
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -185,6 +186,13 @@ class StreamedDataset:
         )
         others = set(multiprocessing.active_children())
         batches, finished = None, False
+
+        def kill() -> None:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()  # it may hang in a read, and ignores other signals
+
+        # Python waits for all workers when it exits, and this may not have been closed by then.
+        atexit.register(kill)
         try:
             batches = iter(loader)
             # torch reports a dead worker from a signal handler, which may interrupt anything.
@@ -201,11 +209,12 @@ class StreamedDataset:
                 )
             finished = True
         finally:
-            if not finished:
-                _end(batches, set(multiprocessing.active_children()) - others)
+            if not finished and self.workers and not sys.is_finalizing():
+                _end(batches, kill)
+            atexit.unregister(kill)
 
 
-def _end(batches: Any, workers: set[Any]) -> None:
+def _end(batches: Any, kill: Callable[[], None]) -> None:
     """Ends the workers as torch does, then kills those that are left after a second.
 
     A worker that is killed may hold the lock of the event by which torch tells workers to end, and
@@ -217,8 +226,7 @@ def _end(batches: Any, workers: set[Any]) -> None:
         told.start()
         told.join(1)
     finally:
-        for worker in workers:
-            worker.kill()  # it may hang in a read, and ignores other signals
+        kill()
     told.join(1)
 
 

@@ -22,7 +22,7 @@ def executed(folder, *more):
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in more]
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=240,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},

@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -63,14 +65,21 @@ def run_together(count, module, *arguments, before=None):
             )
             for rank, log in enumerate(logs)
         ]
-        for process in processes:
-            process.start()
+        deadline = time.monotonic() + 240
         try:
             for process in processes:
-                process.join(timeout=300)
+                process.start()
+            while running := [process.sentinel for process in processes if process.is_alive()]:
+                if any(process.exitcode for process in processes):  # others may wait for that one
+                    deadline = min(deadline, time.monotonic() + 10)
+                if time.monotonic() > deadline:
+                    break
+                wait(running, deadline - time.monotonic())
         finally:
             for process in processes:
-                process.kill()
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
         said = "".join(log.read_text() for log in logs)
     assert [process.exitcode for process in processes] == [0] * count, said[-3000:]
     return said

@@ -59,7 +59,7 @@ def begin(processes, *arguments, options=("--standalone",)):
 
 def end(process):
     """What the process said, which ends well."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return out
 

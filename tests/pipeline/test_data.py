@@ -430,6 +430,26 @@ def test_a_run_ends_though_its_worker_is_holding_a_lock(folder):
     assert said[1] == "collected", "torch has ended the workers"
 
 
+LEFT_OPEN = """
+import sys, torch
+from pipeline.data import open_dataset
+
+d = open_dataset("image_folder", sys.argv[1], 16, 3, int(sys.argv[2]), torch.device("cpu"))
+batches = d.batches(torch.arange(1) for _ in range(9))
+next(batches)
+raise RuntimeError("another fault")
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_run_ends_though_its_batches_are_left_open(folder, workers):
+    """As by an error that keeps the frame of its loop alive until Python exits."""
+    command = [sys.executable, "-c", LEFT_OPEN, folder, workers]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert out.returncode == 1
+    assert out.stderr.splitlines()[-1] == "RuntimeError: another fault"
+
+
 def test_a_missing_or_empty_folder_is_named(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         open_here("image_folder", tmp_path / "nowhere")
