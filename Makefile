@@ -117,8 +117,10 @@ ifdef LONG
 		--initialise $(TRACT)_1_more/student-1.pt
 	$(HALVED) $(HUBER) distillation.updates_per_stage=5500 --output $(TRACT)_1_last \
 		--initialise $(TRACT)_1_most/student-1.pt
+	$(HALVED) $(OF_64) $(HUBER) distillation.updates_per_stage=2600 --output $(TRACT)_1_end \
+		--initialise $(TRACT)_1_last/student-1.pt
 	$(PUBLISH) $(foreach n,8 4,$(TRACT)_$(n)_noisy/student-$(n).pt) $(TRACT)_2/student-2.pt \
-		$(TRACT)_1_last/student-1.pt --name mnist-tract
+		$(TRACT)_1_end/student-1.pt --name mnist-tract
 else
 	$(call TO,8) $(OF_64) distillation.grid=$(GRID_8) distillation.updates_per_stage=1500 --output $(TRACT)_8
 	$(call TO,4) $(OF_64) distillation.grid=$(GRID_4) distillation.updates_per_stage=1200 --output $(TRACT)_4 \
