@@ -175,13 +175,18 @@ def attend(
 ) -> Float[Tensor, "b h n d"]:
     """Returns softmax(q k / sqrt(width)) v (Vaswani et al. 2017).
 
-    bfloat16 is computed in float32 on a CPU, where PyTorch's backward pass of it takes several
-    times as long in bfloat16.
+    On a CPU, where PyTorch's kernel is slow in bfloat16 and its backward pass slower still, that is
+    two matrix products and a softmax. So many tokens that these would take too much memory go
+    through the kernel in float32.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    if q.shape[2] * k.shape[2] > 256**2:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(-1) @ v
 
 
 class Attention(nn.Module):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from models.layers import Attention, ResBlock, attend, group_norm, lecun_normal_, time_features
 from models.unet import UNet
@@ -243,18 +242,27 @@ def test_attention_is_softmax_of_scaled_products():
     torch.testing.assert_close(attention(x), x + out.T.reshape(1, 8, 2, 3))
 
 
-def test_attention_in_bf16_is_computed_in_float32_on_a_cpu():
-    q, k, v = (torch.randn(2, 2, 16, 8, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_attention_in_bf16_on_a_cpu_is_that_of_float32_but_for_rounding(tokens):
+    """Few tokens are computed in bfloat16, many in float32 and rounded at the end."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, tokens, 8, dtype=torch.bfloat16) for _ in "qkv")
+    towards = torch.randn(2, 2, tokens, 8)
+    low = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     with torch.autocast("cpu", torch.bfloat16):
-        found = attend(q, k, v)
-    found.sum().backward()
-    full = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
-    exact = F.scaled_dot_product_attention(*full)
-    exact.sum().backward()
-    assert torch.equal(found, exact.bfloat16()), "rounded once, at the end"
-    for low, high in zip((q, k, v), full, strict=True):
-        torch.testing.assert_close(low.grad, high.grad.bfloat16())
-    assert attend(*full).dtype == torch.float32
+        found = attend(*low)
+    full = [tensor.float().requires_grad_() for tensor in (q, k, v)]
+    exact = attend(*full)
+    for output in (found, exact):
+        (output * towards).sum().backward()
+    assert found.dtype == torch.bfloat16
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(found.float(), exact, rtol=0.0, atol=0.02)
+    if tokens > 256:
+        assert torch.equal(found, exact.bfloat16()), "rounded once"
+    for one, other in zip(low, full, strict=True):
+        error = (one.grad.float() - other.grad).norm() / other.grad.norm()
+        assert error < 0.01, "a few times bfloat16's 2^-9"
 
 
 def test_input_features_show_small_differences():
