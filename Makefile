@@ -1,4 +1,4 @@
-# make quickstart: train, distil and sample on MNIST.  make test: all checks.  Both install first.
+# make quickstart: train, distil and sample on MNIST.  make test: style, types and tests.  Both install first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ help:
 	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (hours)'
 	@echo 'make adversarial  a part of it, after make tract: students trained adversarially as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
-	@echo 'make evaluate     a part of it: measure the published weights (an hour or two)'
+	@echo 'make evaluate     a part of it: measure the published weights, anew into docs/mnist (an hour or two)'
 	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (an hour and a half)'
@@ -60,8 +60,8 @@ quickstart: $(VENV)/.installed
 	@echo
 	@echo 'look at $(RESULTS)/comparison.png and ladder.png; the table is in ladder.md beside them'
 
-# A teacher and its students from nothing, into pretrained/ and docs/mnist/ in place of the published ones, which LONG=1
-# trains anew. A second call goes on where a stop left off. On two CPU cores, two processes of
+# A teacher and its students from nothing, into pretrained/ and docs/mnist/ in place of the published ones (as each of
+# its parts does), which LONG=1 trains anew. A second call goes on where a stop left off. On two CPU cores, two processes of
 # one thread are faster than one of two. On processors that have it: ENGINE=engine.precision=bf16. On one GPU:
 # PROCESSES=1 ENGINE=engine.cuda_graphs=true; on several: PROCESSES=<GPUs>.
 ENGINE ?= engine.precision=fp32

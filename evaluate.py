@@ -27,6 +27,7 @@ Draw images from checkpoints, all from the same noise, and compare them with rea
 results.md, .json, .csv and distances.png into the output folder and keeps its earlier rows; run the
 same command again to go on after a stop."""
 GUIDANCE = "weights of classifier-free guidance, for models with classes (0)"
+STEPS = "for base models and consistency students; other students have their own"
 COUNT = "images of each (5000)"
 CALLS = "draw fewer images if steps x images is more"
 WRITTEN = ("results.md", "results.json", "results.csv", "distances.png")
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     size, file = whole_number(1, 2**20), path_name
     add("--checkpoint", type=file, nargs="+", default=[], metavar="FILE", help="models, students")
     add("--images", type=file, nargs="+", default=[], metavar="X", help="folders or .npz files")
-    add("--steps", type=size, nargs="+", metavar="N", help="for base models; a student has its own")
+    add("--steps", type=size, nargs="+", metavar="N", help=STEPS)
     add("--sampler", nargs="+", default=["ddim"], metavar="NAME", help="for base models (ddim)")
     add("--guidance", type=float, nargs="+", default=[0.0], metavar="W", help=GUIDANCE)
     add("--count", type=whole_number(1, 10**7), default=5000, metavar="N", help=COUNT)

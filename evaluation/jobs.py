@@ -64,7 +64,8 @@ def plan_jobs(
 ) -> list[Job]:
     """Returns a job for each base model, sampler and step count, and one for each student.
 
-    A student is sampled with its own sampler and steps; all with each of the guidance weights.
+    A student is sampled with its own sampler and steps, one of consistency distillation in each of
+    the step counts, as it has learnt all jumps; all with each of the guidance weights.
     count: the number of images; fewer if steps x images exceeds max_calls. Raises InputError if
     that leaves too few to measure, and for a checkpoint that cannot be guided.
     """
@@ -77,10 +78,11 @@ def plan_jobs(
         wanted = steps or [checkpoint.config.sampling.steps]
         pairs = [(sampler, n) for sampler in samplers for n in wanted]
         if checkpoint.num_steps is not None:
-            pairs = [(checkpoint.sampler or "ddim", checkpoint.num_steps)]
+            own = checkpoint.sampler or "ddim"
+            counts = steps if steps and own == "consistency" else [checkpoint.num_steps]
+            pairs = [(own, n) for n in counts]
         for sampler, n in pairs:
-            if checkpoint.num_steps is None:
-                require_levels(path, checkpoint, n)
+            require_levels(path, checkpoint, n)
             size = count if max_calls is None else min(count, max_calls // n)
             if size < 2 * NOISE_SETS:
                 raise InputError(

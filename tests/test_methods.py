@@ -287,8 +287,11 @@ def test_samples_are_drawn_on_the_students_own_grid(name, ladders, tmp_path, cal
     assert main(sample, *draw, tmp_path / "plain.npz") == 0
     assert calls == wanted
     calls.clear()
-    (job,) = plan_jobs({path: student}, ["ancestral"], [5], 20, None)
+    (job,) = plan_jobs({path: student}, ["ancestral"], None, 20, None)
     assert (job.sampler, job.steps) == (student.sampler, len(student.grid) - 1)
+    jobs = plan_jobs({path: student}, ["ancestral"], [1, 5], 20, None)
+    counts = (1, 5) if student.sampler == "consistency" else (job.steps,)
+    assert [(one.sampler, one.steps) for one in jobs] == [(student.sampler, n) for n in counts]
     Gallery(tmp_path, ALONE, 0, 3, chunk=3).images(student, path, job.sampler, job.steps, 3)
     assert calls == wanted
     if name.startswith("guided"):
