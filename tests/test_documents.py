@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import survey
+from tests.test_structure import ROOMS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".", "docs", "docs/demo/vendor", "docs/mnist", "data/mnist", "pretrained")
 DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+SOURCE = r"[A-Z][a-z]+(?: et al\.| (?:&|and) [A-Z][a-z]+) (?:19|20)\d\d"
 SAMPLERS = {"DDPM (ancestral)": "ancestral", "DDIM": "ddim", "DPM-Solver++(2M)": "dpm_solver++"}
 
 
@@ -40,6 +42,17 @@ def test_links_within_the_repository_lead_somewhere(document):
 
 def test_links_were_found():
     assert {"docs/methods.md", "docs/race.gif"} <= set(links(ROOT / "README.md"))
+
+
+def test_every_source_that_is_cited_is_listed_and_every_listed_one_is_cited():
+    listed = re.findall(r"(?m)^\| ([A-Z].+? \d{4}) \|", (ROOT / "docs/references.md").read_text())
+    assert listed == sorted(set(listed))
+    code = [path for room in (*ROOMS, "benchmarks") for path in (ROOT / room).glob("*.py")]
+    cited = set()
+    for path in [*code, *(ROOT / "docs/demo").rglob("*.js"), *DOCUMENTS]:
+        if path.name != "references.md":
+            cited |= set(re.findall(SOURCE, " ".join(path.read_text().split())))
+    assert cited == set(listed)
 
 
 def measured(name, sampler, steps, count):

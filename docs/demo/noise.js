@@ -11,7 +11,7 @@ export function uniforms(seed) {
   };
 }
 
-/** Returns `count` standard normal numbers (Box and Muller 1958), a function of the seed alone. */
+/** Returns `count` standard normal numbers (Box & Muller 1958), a function of the seed alone. */
 export function normals(seed, count) {
   const uniform = uniforms(seed);
   const noise = new Float32Array(count);
