@@ -89,6 +89,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaluation.features import make_extractor
     from evaluation.gallery import DIGITS, Gallery, read_images, real_images
     from evaluation.jobs import (
+        name_of_images,
         plan_jobs,
         require_different_names,
         require_same_data,
@@ -120,7 +121,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         require_different_names(checkpoints, arguments.images)
         files = {
-            path.stem: read_images(path, data.image_size, data.channels)
+            name_of_images(path): read_images(path, data.image_size, data.channels)
             for path in arguments.images
         }
         extract = make_extractor(

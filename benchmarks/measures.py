@@ -165,9 +165,8 @@ def ways_to_sample(sweep: Sweep, checkpoint: Checkpoint) -> list[tuple[str, int]
     """
     if checkpoint.num_steps is None:
         return [(name, n) for name in sweep.samplers for n in sweep.steps]
-    sampler = checkpoint.sampler or "ddim"
-    own = sweep.steps if sampler == "consistency" else (checkpoint.num_steps,)
-    return [(sampler, n) for n in own if n in (sweep.steps or own)]
+    own = sweep.steps if checkpoint.own_steps is None else (checkpoint.own_steps,)
+    return [(checkpoint.sampler or "ddim", n) for n in own if n in (sweep.steps or own)]
 
 
 def way_of_teacher(teacher: Checkpoint, checkpoint: Checkpoint) -> tuple[str, int]:

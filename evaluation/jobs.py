@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from evaluation.quality import NOISE_SETS
-from evaluation.results import Key, Row
+from evaluation.results import FLOOR, NOISY, Key, Row
 from pipeline.checkpoint import Checkpoint, digest
 from pipeline.engine import asked_engine
 from pipeline.sampling import require_guidable, require_sampler
@@ -78,8 +78,8 @@ def plan_jobs(
         wanted = steps or [checkpoint.config.sampling.steps]
         pairs = [(sampler, n) for sampler in samplers for n in wanted]
         if checkpoint.num_steps is not None:
-            own = checkpoint.sampler or "ddim"
-            counts = steps if steps and own == "consistency" else [checkpoint.num_steps]
+            own, only = checkpoint.sampler or "ddim", checkpoint.own_steps
+            counts = [only] if only else steps or [checkpoint.num_steps]
             pairs = [(own, n) for n in counts]
         for sampler, n in pairs:
             require_levels(path, checkpoint, n)
@@ -127,12 +127,17 @@ def require_same_data(checkpoints: Mapping[Path, Checkpoint], data: DataConfig) 
 def require_different_names(checkpoints: Mapping[Path, Checkpoint], images: Sequence[Path]) -> None:
     """Raises InputError if two files would share a row."""
     names = [f"{checkpoint.name}: {path.stem}" for path, checkpoint in checkpoints.items()]
-    names += [path.stem for path in images]
+    names += [FLOOR, NOISY, *map(name_of_images, images)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(
-            f"{twice}: two files of this name; rename one, or measure it in another folder"
+            f"{twice}: two of this name in the results; rename one, or measure it in another folder"
         )
+
+
+def name_of_images(path: Path) -> str:
+    """Returns what the images of a folder, or of an .npz file, are called in the results."""
+    return path.stem if path.suffix.lower() == ".npz" else path.name
 
 
 class Partners(NamedTuple):

@@ -20,6 +20,7 @@ from utils.images import by_class, make_grid, save_figure, save_png
 PICTURED_STEPS = 8  # comparison.png: teacher | teacher at 8 steps | student at 8 steps
 PICTURED_STAGES = (8, 4, 2, 1)
 NUM_IMAGES = 64  # in a trajectory error
+COLUMNS = 16  # of ladder.png
 CHUNK = 32  # images per file
 
 
@@ -216,7 +217,6 @@ def draw_ladder(
     reference_steps: int,
     steps: Sequence[int],
     decode: Decode,
-    columns: int = 16,
 ) -> None:
     """Draws rows of images from the same noise: the reference, then student and teacher."""
     from matplotlib.figure import Figure
@@ -226,7 +226,7 @@ def draw_ladder(
         rows += [(f"student, {_steps(n)}", students[n]), (f"teacher, {_steps(n)}", teachers[n])]
     figure = Figure(figsize=(12, 0.74 * len(rows) + 0.1), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
-        _show(axes, make_grid(decode(images[:columns]), columns=columns), "")
+        _show(axes, make_grid(decode(images[:COLUMNS]), COLUMNS), "")
         axes.text(-0.01, 0.5, title, transform=axes.transAxes, ha="right", va="center")
     save_figure(path, figure)
 

@@ -79,10 +79,13 @@ class Row:
     def curve(self) -> str:
         """The name that the curve of which it is a point has among those of its run.
 
-        Students are on one if their names differ only in the number of steps.
+        Students are on one if their names differ only in the number of steps. One that is sampled
+        in several has its own.
         """
         guided = f", guidance {self.guidance:g}" if self.guidance else ""
-        ladder = re.sub(r"-\d+(-steps?)?(?=$|, )", "", self.name)  # "student-8, bf16"
+        ladder = self.name
+        if self.sampler != "consistency":
+            ladder = re.sub(r"-\d+(-steps?)?(?=$|, )", "", ladder)  # "student-8, bf16"
         return {
             "student": f"{ladder}{guided}{DISTILLED}",
             "base": f"{self.name}, {self.sampler}{guided}",

@@ -9,18 +9,18 @@ import torch
 from pydantic import Field, ValidationError
 
 from models.autoencoder import Autoencoder, AutoencoderSizes
-from pipeline.checkpoint_checks import State, digest, read_safetensors, reading, require_finite
+from pipeline.checkpoint_checks import State, digest, read_safetensors, require_finite
+from pipeline.diffusers_folder import WEIGHTS, read_json, read_weights
 from pipeline.network import load_weights, mismatch
 from utils.command import DamagedCheckpoint, InputError
-from utils.files import atomic_write, require_regular_file
+from utils.files import atomic_write
 from utils.values import ListOf, Positive, Section
 
 FORMAT = "progressive-distillation autoencoder"
 FORMAT_VERSION = 1
 HEADER = "autoencoder"  # the entry of the file's metadata
 WHAT = "an autoencoder"
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of diffusers
-LARGEST_CONFIG = 2**20  # bytes
+CONFIG = "config.json"  # of diffusers
 
 
 class _Header(Section):
@@ -98,30 +98,16 @@ def read_folder(folder: Path) -> tuple[AutoencoderSizes, State]:
 
     Weights in another format than safetensors, which would run code when read, are refused.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            pickles = sorted(
-                p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")
-            )
-            hint = f"; {pickles[0]} is a pickle, which is not read" if pickles else ""
-            raise InputError(
-                f"{folder}: has no {name}{hint}; save the AutoencoderKL with "
-                "save_pretrained(FOLDER, safe_serialization=True)"
-            )
     path = folder / CONFIG
-    with reading(path, WHAT):
-        require_regular_file(path)
-        with path.open("rb") as file:
-            config = json.loads(file.read(LARGEST_CONFIG))
-    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
-        found = config.get("_class_name") if isinstance(config, dict) else None
-        raise InputError(f"{path}: _class_name: {str(found)[:60]!r}, where AutoencoderKL is needed")
+    config = read_json(path)
+    if config.get("_class_name") != "AutoencoderKL":
+        found = str(config.get("_class_name"))[:60]
+        raise InputError(f"{path}: _class_name: {found!r}, where AutoencoderKL is needed")
     config = {
         name: value for name, value in config.items() if name in AutoencoderSizes.model_fields
     }
     sizes = _checked(AutoencoderSizes, config, path)
-    _, weights = read_safetensors(folder / WEIGHTS, WHAT)
-    weights = {name: t.float() for name, t in weights.items()}
+    weights = read_weights(folder)
     require_weights_fit(sizes, weights, folder / WEIGHTS)
     return sizes, weights
 

@@ -116,6 +116,16 @@ class Checkpoint:
         return uniform_levels(self.config, self.grid, steps)
 
     @property
+    def own_steps(self) -> int | None:
+        """The only number of steps that a student was made for; None if there are others.
+
+        A base model is sampled in any number of steps, and a student by consistency distillation
+        too, unless its levels are a table, of which it keeps its own alone.
+        """
+        free = self.sampler == "consistency" and self.config.diffusion.schedule != TABLE
+        return None if free else self.num_steps
+
+    @property
     def weights(self) -> State:
         """The weights to sample from or to distil: the average if there is one."""
         return self.model if self.ema is None else self.ema

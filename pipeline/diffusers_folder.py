@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: larger than {LARGEST_JSON:,} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the folder of a diffusers pipeline") from None
+        raise InputError(f"{path}: no such file; give a folder that diffusers has saved") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON") from None
     if not isinstance(values, dict):
@@ -182,12 +182,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
         require_regular_file(path)
+        path.open("rb").close()  # raises the usual OSError, which safetensors does not
         weights = safetensors.torch.load_file(path)
     except FileNotFoundError:
         pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
         held = f"; {pickles[0]} may run code and is not read" if pickles else ""
         raise InputError(
-            f"{path}: no such file{held}; save the pipeline with safe_serialization=True"
+            f"{path}: no such file{held}; save it with safe_serialization=True"
         ) from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file: {str(error)[:100]}") from None

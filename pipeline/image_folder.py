@@ -68,7 +68,8 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
                     raise error
         in_classes = all(len(parts) > 1 for _, parts in named)
         names = sorted({parts[0] for _, parts in named}) if in_classes else []
-        self.labels = [names.index(parts[0]) if names else -1 for _, parts in named]
+        numbers = {name: n for n, name in enumerate(names)}
+        self.labels = [numbers.get(parts[0], -1) for _, parts in named]
         self.num_classes = len(names) or None
         self.image_size, self.mode = image_size, {1: "L", 3: "RGB"}[channels]
 
@@ -131,7 +132,7 @@ def _header_error(path: Path) -> DataError | None:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scales 16 bits a pixel to 8, which Pillow would clip. Raises ValueError for other depths."""
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits a channel")

@@ -19,9 +19,15 @@ import train
 from evaluation.comparison import Comparison
 from evaluation.features import Extractor
 from evaluation.gallery import CHUNK, Gallery, RealImages, real_images
-from evaluation.jobs import Partners, plan_jobs, with_engine
+from evaluation.jobs import (
+    Partners,
+    name_of_images,
+    plan_jobs,
+    require_different_names,
+    with_engine,
+)
 from evaluation.quality import Quality, asked_share, nearest
-from evaluation.results import Results, Row
+from evaluation.results import Results, Row, by_curve
 from evaluation.tables import summary
 from pipeline.build import build_dataset, build_denoiser, build_network
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
@@ -207,7 +213,10 @@ def test_nothing_is_drawn_or_measured_twice(workshop, tmp_path, monkeypatch, cap
     chunk = sorted(folder.glob("images/tiny-teacher-ddim-2-*/00001.safetensors"))[0]
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:-7])
+    half_written = chunk.with_name(f".{chunk.name}.123.tmp")  # of a killed evaluation
+    half_written.touch()
     assert run(evaluate, *command) == 0
+    assert not half_written.exists()
     assert sum(len(indices) for indices in drawn) == CHUNK
     assert chunk.read_bytes() == whole, "an image is a function of seed and index"
 
@@ -256,6 +265,29 @@ def test_rows_name_the_precision_that_was_asked_for(workshop):
     assert (name, other_name) == ("tiny-teacher", "tiny-teacher, bf16")
     assert key != other_key
     assert found("fp32", False) == found(None, True) == (name, key)
+
+
+def test_a_student_of_several_steps_has_a_curve_of_its_own():
+    """Or its points would replace those of the other students of the ladder."""
+
+    def row(name, sampler, steps):
+        return Row(name, "student", sampler, steps, Quality(100, 1.0, 0.1, 0.0, 0.0, 0.0))
+
+    several = [row("s-1-step", "consistency", n) for n in (8, 1)]
+    ladder = [row(f"s-{n}-steps", "ddim", n) for n in (8, 4)]
+    curves = by_curve(Results("digits", {}, [*several, *ladder]))
+    assert {name: sorted(rows) for name, rows in curves.items()} == {
+        "s-1-step, distilled": [1, 8],
+        "s, distilled": [4, 8],
+    }
+
+
+def test_images_are_named_by_their_folder_or_file():
+    names = [name_of_images(Path(path)) for path in ("a/run.1", "a/run.2", "a/x.NPZ")]
+    assert names == ["run.1", "run.2", "x"]
+    require_different_names({}, [Path("a/run.1"), Path("a/run.2")])
+    with pytest.raises(InputError, match="real images: two of this name"):
+        require_different_names({}, [Path("a/real images")])
 
 
 def test_rows_of_other_weights_go():
@@ -471,7 +503,7 @@ def test_other_noise_is_measured_anew_and_equal_names_are_refused(workshop, tmp_
     assert "| another | tiny-2-steps |" in (out / "results.md").read_text()
     shutil.copy(workshop["published"][2], twin)
     assert run(evaluate, "--checkpoint", twin, workshop["published"][2], "--output", out) == 2
-    assert "tiny-2-steps: two files of this name" in capsys.readouterr().err
+    assert "tiny-2-steps: two of this name" in capsys.readouterr().err
     assert run(publish, "--checkpoint", twin, twin, "--name", "x", "--output", tmp_path) == 2
 
 

@@ -129,7 +129,7 @@ def require_same_ladder(folder: Path, ladder: Sequence[int], first_stage: int) -
 
 @contextmanager
 def open_folder(folder: Path, world: World, prefix: str, restart: bool) -> Iterator[None]:
-    """Locks a run's folder for the block, and deletes temporary files and, with restart, the run.
+    """Locks a run's folder for the block; with restart, deletes the run.
 
     prefix: of the run's checkpoints. A run that torchrun has launched again is not deleted. Raises
     InputError for a restart on several machines, whose number may change while they run, and if
@@ -144,23 +144,26 @@ def open_folder(folder: Path, world: World, prefix: str, restart: bool) -> Itera
     require_no_run(folder, but=prefix)
     world.wait()  # before anything is deleted
     with locked(folder, world):
-        if world.leads:
-            sweep(folder)
-            if restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                delete_run(folder, prefix)
+        if world.leads and restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            delete_run(folder, prefix)
         world.wait()
         yield
 
 
 @contextmanager
 def locked(folder: Path, world: World) -> Iterator[None]:
-    """Locks the folder for the block. Raises InputError if another run writes there."""
+    """Locks the folder for the block, and deletes temporary files.
+
+    Raises InputError if another run writes there.
+    """
     with kept_to_itself(folder) if world.leads else nullcontext(True) as alone:
         if world.any(not alone):
             raise InputError(
                 f"{folder}: another run is writing there; wait for its end, or give another "
                 "folder (--output)"
             )
+        if world.leads:
+            sweep(folder)
         yield
 
 

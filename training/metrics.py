@@ -78,6 +78,7 @@ class MetricsLog:
             kept = [e for e in entries if (e["stage"], e["update"]) <= (stage, update)]
             self.drawn = {(e["stage"], e["update"]) for e in kept if "samples_mean" in e}
             write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        # Set before the board starts its thread, whose errors are reported by naming.
         self.hook, threading.excepthook = threading.excepthook, _leave_to_main_thread
         self.file = path.open("a")
         with naming(self.board_path):

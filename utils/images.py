@@ -12,6 +12,8 @@ from torch import Tensor
 
 from utils.files import atomic_write
 
+GAP = 2  # pixels between the tiles of a grid
+
 
 def to_pillow(image: Tensor) -> Image.Image:
     """Returns a uint8 image (C, H, W) of 1 or 3 channels as a Pillow image."""
@@ -19,14 +21,14 @@ def to_pillow(image: Tensor) -> Image.Image:
     return Image.fromarray(array)
 
 
-def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+def make_grid(images: Tensor, columns: int | None = None) -> Tensor:
     """Tiles uint8 images (B, C, H, W) into one (C, H', W'), by default about a square."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = images.new_zeros(rows * columns - len(images), *images.shape[1:])
-    tiles = torch.nn.functional.pad(torch.cat([images, blank]), (0, gap, 0, gap), value=64)
+    tiles = torch.nn.functional.pad(torch.cat([images, blank]), (0, GAP, 0, GAP), value=64)
     grid = rearrange(tiles, "(rows columns) c h w -> c (rows h) (columns w)", rows=rows)
-    return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+    return grid[:, : grid.shape[1] - GAP, : grid.shape[2] - GAP]
 
 
 def by_class(images: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, int | None]:

@@ -55,12 +55,13 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Returns whether the flag is set on any process."""
+        if self.size == 1:
+            return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def wait(self) -> None:
         """Waits until every process gets here."""
-        if self.size > 1:
-            self.sum(torch.zeros(1, device=self.device))
+        self.any(False)  # reads the sum: without that a GPU waits, and Python goes on
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Returns the network with its gradients averaged over all processes."""

@@ -14,7 +14,10 @@ from utils.files import require_regular_file
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Loads YAML with the scalars of the 1.2 core schema, no aliases, no duplicate keys."""
+    """Loads YAML with null, true, false and decimal numbers as in YAML 1.2.
+
+    No aliases, no duplicate keys.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
 

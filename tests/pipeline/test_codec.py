@@ -1,6 +1,7 @@
 """Codecs: the contract of every entry of CODECS, files of autoencoders, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -289,8 +290,9 @@ def test_folders_that_are_no_autoencoder_are_refused(folder):
         (text.replace('"latent_channels": 2', '"latent_channels": 3'), "of another shape"),
         (text.replace('"norm_num_groups": 4', '"norm_num_groups": 3'), "norm_num_groups"),
         (text.replace("DownEncoderBlock2D", "AttnDownBlock2D"), "down_block_types"),
-        ("[1]", "_class_name"),
-        ("{", "not an autoencoder"),
+        ("{}", "_class_name"),
+        ("[1]", "not a mapping"),
+        ("{", "not JSON"),
     ):
         assert wrong != text
         config.write_text(wrong)
@@ -298,9 +300,25 @@ def test_folders_that_are_no_autoencoder_are_refused(folder):
     config.write_text(text)
     weights.rename(weights.with_suffix(".bin"))
     message = line(completed, values)
-    assert "diffusion_pytorch_model.bin is a pickle, which is not read" in message
+    assert "diffusion_pytorch_model.bin may run code and is not read" in message
     config.unlink()
-    assert "has no config.json" in line(completed, values)
+    assert "config.json: no such file" in line(completed, values)
+
+
+def test_an_autoencoder_of_an_early_diffusers_is_read(folder):
+    """Its attention has other names."""
+    from pipeline.autoencoder_file import read_folder
+
+    _, weights = read_folder(folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = re.compile(rf"\.({'|'.join(map(re.escape, early))})\.")
+    old = {renamed.sub(lambda m: f".{early[m[1]]}.", name): t for name, t in weights.items()}
+    assert old.keys() != weights.keys()
+    safetensors.torch.save_file(old, path)
+    _, again = read_folder(folder)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
 def test_a_missing_diffusers_is_one_line(file, monkeypatch):

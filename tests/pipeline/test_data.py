@@ -164,8 +164,11 @@ def test_sixteen_bits_a_pixel_are_brought_to_eight(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.png")
     image, _ = ImageFolder(tmp_path, 32, 1)[0]
     assert np.array_equal(image[0].numpy(), pixels >> 8)
+    (tmp_path / "x.pgm").write_bytes(b"P5 32 32 65535\n" + pixels.astype(">u2").tobytes())
+    image, _ = ImageFolder(tmp_path, 32, 1)[0]
+    assert np.array_equal(image[0].numpy(), pixels >> 8)
     Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "x.tiff")
-    assert "8 or 16 bits" in str(ImageFolder(tmp_path, 32, 1)[1])
+    assert "8 or 16 bits" in str(ImageFolder(tmp_path, 32, 1)[2])
 
 
 def test_workers_live_on_when_all_of_the_run_is_told_to_stop(folder):
