@@ -11,6 +11,7 @@ import distill
 import sample
 import train
 from diffusion.betas import BETAS, grid_of_betas
+from evaluation.jobs import plan_jobs
 from pipeline.build import build_network
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from pipeline.config import make_config
@@ -53,6 +54,19 @@ def test_a_base_model_keeps_its_table(path):
     assert checkpoint.levels(3).tolist() == [TABLE[n] for n in (0, 7, 13, 20)]
     with pytest.raises(InputError, match="21 steps: this checkpoint has a table of 20 noise"):
         checkpoint.levels(21)
+
+
+def test_only_a_consistency_student_without_a_table_has_no_steps_of_its_own(path, tmp_path):
+    """Of a table a student keeps the levels of its own steps alone."""
+    method = ("distillation.method=consistency", "distillation.ema_decay=0.9")
+    settings = ("distillation.ladder=[20,2]", *method)
+    (student,) = distilled(path, tmp_path / "out", *settings)
+    assert (student.sampler, student.own_steps) == ("consistency", 2)
+    of_schedule = replace(student, config=make_config(tiny(), "x.yaml"))
+    assert of_schedule.own_steps is None
+    assert replace(of_schedule, sampler="ddim").own_steps == 2
+    (job,) = plan_jobs({path: student}, ["ddim"], [8], 100, None)
+    assert job.steps == 2
 
 
 def test_a_table_belongs_to_a_config_that_says_so():
