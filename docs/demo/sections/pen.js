@@ -116,7 +116,7 @@ export class Pen {
     context.lineCap = "round";
     context.beginPath();
     context.moveTo(from[0] * SCALE, from[1] * SCALE);
-    context.lineTo(to[0] * SCALE, to[1] * SCALE);
+    context.lineTo(to[0] * SCALE + 0.01, to[1] * SCALE); // not all browsers draw a line of length 0
     context.stroke();
   }
 
