@@ -187,10 +187,10 @@ evaluate: $(VENV)/.installed-dev
 
 # A teacher that knows the classes, and its students that take the guidance weight as an input.
 BY_CLASS = output/mnist_conditional/diffusion-14000.pt
+by_class: ENGINE = engine.precision=bf16
 by_class: $(VENV)/.installed-dev
-	$(RANKS) train.py --config_path configs/mnist_conditional.yaml --set engine.precision=bf16
-	$(RANKS) distill.py --config_path configs/mnist_guided.yaml --teacher_model_checkpoint $(BY_CLASS) \
-		--set engine.precision=bf16
+	$(RANKS) train.py --config_path configs/mnist_conditional.yaml --set $(ENGINE)
+	$(RANKS) distill.py --config_path configs/mnist_guided.yaml --teacher_model_checkpoint $(BY_CLASS) --set $(ENGINE)
 	$(PUBLISH) $(BY_CLASS) output/distilled/mnist_guided/student-[18].pt --name mnist-by-class
 	$(RANKS) evaluate.py --checkpoint pretrained/mnist-by-class-*.safetensors --steps 64 --guidance 0 1 2 --count 1000 \
 		--output output/by_class

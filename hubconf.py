@@ -12,11 +12,13 @@ from pathlib import Path as _Path
 # torch.hub takes every public name of this file that can be called for an entry point.
 _ROOT = _Path(__file__).resolve().parent
 for _name in ("diffusion", "models", "pipeline", "utils"):
-    _file = getattr(_sys.modules.get(_name), "__file__", None)
-    if _file is not None and _Path(_file).resolve().parent != _ROOT / _name:
+    _module = _sys.modules.get(_name)
+    _places = [*map(str, getattr(_module, "__path__", []))]  # of a package, with __init__.py or not
+    if _module is not None and _ROOT / _name not in [_Path(_place).resolve() for _place in _places]:
+        _origin = ", ".join(_places) or getattr(_module, "__file__", None)
         raise ImportError(
-            f"{_name} is already imported from {_file}, and this repository has a package of that "
-            "name; load it in a process of its own"
+            f"{_name} is already imported from {_origin}, and this repository has a package of "
+            "that name; load it in a process of its own"
         )
 
 from pipeline import api as _api  # noqa: E402

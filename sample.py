@@ -12,6 +12,7 @@ from utils.command import (
     path_name,
     run_script,
     say,
+    warn,
     whole_number,
 )
 
@@ -82,6 +83,8 @@ def sample(arguments: argparse.Namespace) -> None:
             name += f"-{request.num_steps}-steps"
         output = output or Path("output/samples") / (f"{name}.png" if count is None else name)
         require_output(output, count is not None)
+        if arguments.clip is False and checkpoint.config.diffusion.clip:
+            warn("--no-clip: changes nothing; this model was trained to clip x_hat itself")
         if count is None:
             grid = checkpoint.config.sampling.grid
             written = write_grid(output, request, grid, arguments.trajectory)

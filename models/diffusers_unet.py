@@ -64,6 +64,13 @@ class DiffusersUNetSection(Section):
                 f"{where}.num_classes: {self.num_classes}, but its num_class_embeds is {rows}; "
                 "take the same, or one less if the last row means no class"
             )
+        times = config.get("num_train_timesteps")
+        learned = config.get("time_embedding_type") == "learned"
+        if learned and isinstance(times, int) and times < self.num_train_timesteps:
+            return (
+                f"{where}.config: num_train_timesteps: {times} learned time embeddings for "
+                f"{self.num_train_timesteps} noise levels"
+            )
         layers = config.get("layers_per_block", 2)
         if not (type(layers) is int and 1 <= layers <= MOST):
             return f"{where}.config: layers_per_block: not a whole number from 1 to {MOST}"
@@ -139,8 +146,10 @@ class DiffusersUNet(nn.Module):
         """Returns the rows of the class embedding."""
         if label is None:
             label = torch.full((len(z),), -1, device=z.device)
-        # Recorded updates cannot ask; a config that drops labels has been refused before.
-        recording = label.is_cuda and torch.cuda.is_current_stream_capturing()
+        # Recorded updates and exported graphs cannot ask; a config that drops labels is refused.
+        recording = torch.compiler.is_exporting() or (
+            label.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
         asked = not (self.knows_no_class or recording)
         if asked and bool((label < 0).any()):
             raise InputError(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -23,8 +23,8 @@ class Sampler:
     steps: the number of sampling steps; None for the checkpoint's own.
     """
 
-    checkpoint: Checkpoint
-    denoiser: Denoiser
+    checkpoint: Checkpoint = field(repr=False)
+    denoiser: Denoiser = field(repr=False)
     world: World
     steps: int | None = None
 

@@ -125,8 +125,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return make_config(override(read_yaml(path), overrides), where)
 
 
-def explain(error: ValidationError) -> str:
-    """Describes the first error in one line: the key, what is wrong, what would be right."""
+def explain(error: ValidationError, depth: int = 2) -> str:
+    """Describes the first error in one line: the key, what is wrong, what would be right.
+
+    depth: how many names a key has, at most; 2 for a key of a section.
+    """
     by_key: dict[tuple[str, ...], list[Any]] = {}
     errors: list[dict[str, Any]] = [{**one} for one in error.errors()]
     for one in errors:
@@ -134,7 +137,8 @@ def explain(error: ValidationError) -> str:
         by_key.setdefault(tuple(map(str, one["loc"][:2])), []).append(one)
     # A value that may be a number or a list has an error for each; the deeper one says more.
     first = max(next(iter(by_key.values())), key=lambda one: len(one["loc"]))
-    depth = 3 if first["loc"][:2] == ("distillation", "student") else 2  # a section in a section
+    if first["loc"][:2] == ("distillation", "student"):
+        depth = 3  # a section in a section
     path = [str(part) for part in first["loc"][:depth]]
     path += [str(part) for part in first["loc"][depth:] if isinstance(part, int)]
     message = first["msg"].removeprefix("Value error, ")

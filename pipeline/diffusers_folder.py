@@ -39,6 +39,7 @@ class SchedulerFile(Section):
     beta_schedule: Annotated[str, one_of(BETAS)]
     trained_betas: ListOf[Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
     prediction_type: Annotated[str, one_of(PREDICTIONS)] = "epsilon"
+    predict_epsilon: bool | None = None  # of diffusers before 0.17, in place of prediction_type
     variance_type: str | None = None
     clip_sample: bool = True
     clip_sample_range: float = 1.0
@@ -115,7 +116,10 @@ def read_scheduler(path: Path) -> Scheduler:
     try:
         file = SchedulerFile.model_validate(read_json(path))
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error)}") from None
+        raise InputError(f"{path}: {explain(error, depth=1)}") from None
+    if file.predict_epsilon is not None:
+        prediction = "epsilon" if file.predict_epsilon else "sample"
+        file = file.model_copy(update={"prediction_type": prediction})
     if (file.variance_type or "").startswith("learned"):
         raise InputError(f"{path}: variance_type: {file.variance_type}; a fixed one is taken")
     count, trained = file.num_train_timesteps, file.trained_betas
@@ -152,7 +156,7 @@ def read_network(path: Path) -> NetworkFile:
     try:
         file = NetworkFile.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error)}") from None
+        raise InputError(f"{path}: {explain(error, depth=1)}") from None
     if not isinstance(file.sample_size, int):
         if len(set(file.sample_size)) != 1:
             raise InputError(

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from utils.command import STOP_SIGNALS, DataError, InputError
+from utils.command import STOP_SIGNALS, DataError, InputError, warn
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MOST_PIXELS = 2**26  # in one image: 256 MiB with four channels
@@ -54,10 +54,13 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
         named = [
             (path, parts)
             for path, parts in found
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in parts)
-            and not path.is_dir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(parts) and not path.is_dir()
         ]
+        for path, parts in found:
+            if path.is_symlink() and path.is_dir() and not _hidden(parts):
+                warn(
+                    f"{path}: a link to a folder, which is not followed; link the images themselves"
+                )
         if not named:
             raise InputError(f"{root}: no images below it ({given_as})")
         self.files = [path for path, _ in named]
@@ -93,7 +96,7 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
             raise error
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
-            return np.asarray(self._fitted(_on_black(_upright(_eight_bits(image)), self.mode)))
+            return np.asarray(self._fitted(_on_black(_eight_bits(_upright(image)), self.mode)))
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         """Resizes the shorter side to image_size and crops the longer one to its middle.
@@ -110,6 +113,10 @@ class ImageFolder(torch.utils.data.Dataset[Any]):
         left, top = (width - size) // 2, (height - size) // 2
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         return resized.crop((left, top, left + size, top + size))
+
+
+def _hidden(parts: tuple[str, ...]) -> bool:
+    return any(part.startswith(".") for part in parts)
 
 
 def _header_error(path: Path) -> DataError | None:
@@ -131,9 +138,14 @@ def _header_error(path: Path) -> DataError | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16 bits a pixel to 8, which Pillow would clip. Raises ValueError for other depths."""
+    """Scales 16 bits a pixel to 8, which Pillow would clip; a transparent grey becomes black.
+
+    Raises ValueError for other depths.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        values = np.where(values == image.info.get("transparency", -1), 0, values)
+        return Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits a channel")
     return image
@@ -142,7 +154,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation, if there is one that can be read."""
     with suppress(Exception):
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its format
     return image
 
 

@@ -35,13 +35,14 @@ def test_base_model_and_students_are_in_range(files):
         assert prediction.x.abs().max() == 1
 
 
-def test_samplers_need_not_clip_again(files, tmp_path):
+def test_samplers_need_not_clip_again(files, tmp_path, capsys):
     drawn = []
     for option in ("--clip", "--no-clip"):
         out = tmp_path / f"{option}.npz"
         given = ("--checkpoint", files[-1], "--count", 4, option, "--output", out)
         assert run(sample, *given) == 0
         drawn.append(np.load(out)["arr_0"])
+        assert ("--no-clip: changes nothing" in capsys.readouterr().err) == (option == "--no-clip")
     assert np.array_equal(*drawn)
 
 

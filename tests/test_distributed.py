@@ -284,6 +284,17 @@ def test_a_device_that_cannot_be_used_is_refused(monkeypatch, kind, name, around
         pass
 
 
+def test_a_full_device_is_not_called_a_missing_one(monkeypatch):
+    pretend_accelerator(monkeypatch, "cuda")
+
+    def full(size, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.empty", full)
+    with pytest.raises(InputError, match="--device cuda: its memory is full"), join_world(None):
+        pass
+
+
 def test_two_processes_share_an_evaluation(runs, tmp_path):
     folder, _ = runs
     checkpoint = ("--checkpoint", folder / "base-1" / "diffusion-4.pt", "--steps", 1)

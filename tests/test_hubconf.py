@@ -96,9 +96,10 @@ print(images.float().mean().item() > 0)
     assert elsewhere(code, tmp_path) == ("True\n", "")
 
 
-def test_a_package_of_the_same_name_is_named(tmp_path):
+@pytest.mark.parametrize("file", ["utils/__init__.py", "utils/another.py", "utils.py"])
+def test_a_package_of_the_same_name_is_named(tmp_path, file):
     (tmp_path / "utils").mkdir()
-    (tmp_path / "utils" / "__init__.py").write_text("")
+    (tmp_path / file).write_text("")
     code = """
 import torch, utils
 try:

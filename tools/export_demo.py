@@ -146,7 +146,6 @@ def _graph(path: Path, checkpoint: Any) -> tuple[bytes, list[str]]:
     graph widens them.
     """
     import torch
-    from onnx import TensorProto
 
     from pipeline.build import image_shape, load_denoiser
     from pipeline.sections import EngineConfig
@@ -157,6 +156,8 @@ def _graph(path: Path, checkpoint: Any) -> tuple[bytes, list[str]]:
     shape = image_shape(checkpoint.config)
     # Optimisation would merge weights that happen to be equal: then the graph fits one checkpoint.
     model = onnx_file.one_step(denoiser, conditions, shape, optimize=False)
+    from onnx import TensorProto  # one_step has told what to install, where it is missing
+
     onnx_file.halve(model, smallest=1)
     order, offset = [], 0
     for tensor in model.graph.initializer:

@@ -47,12 +47,14 @@ def export(arguments: argparse.Namespace) -> None:
     rows = []
     if arguments.results:
         rows = measured(arguments.results, checkpoint, parts.steps, arguments.guidance or 0.0)
+    index = folder / "model_index.json"
+    index.unlink(missing_ok=True)  # until all else is there, no library takes it for a pipeline
     with atomic_write(folder / "unet" / "diffusion_pytorch_model.safetensors") as file:
         file.write(safetensors.torch.save(parts.weights, {"format": "pt"}))
     write_text(folder / "unet" / "config.json", _json(parts.unet))
     write_text(folder / "scheduler" / "scheduler_config.json", _json(parts.scheduler))
-    write_text(folder / "model_index.json", _json(PIPELINE))
     write_text(folder / "README.md", model_card(checkpoint, parts, folder.resolve().name, rows))
+    write_text(index, _json(PIPELINE))
     say(
         f"written: {folder}: {parts.steps} steps of DDIM, "
         f"{sum(t.numel() for t in parts.weights.values()):,} parameters\n"

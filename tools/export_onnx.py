@@ -51,7 +51,8 @@ def export(arguments: argparse.Namespace) -> None:
     levels = checkpoint.levels(arguments.steps)
     graph = "one_step" if arguments.one_step else "sampler"
     if graph == "sampler":
-        _require_unrollable(path, checkpoint.sampler, len(levels) - 1)
+        sampler = checkpoint.sampler or checkpoint.config.sampling.sampler
+        _require_unrollable(path, sampler, len(levels) - 1)
     denoiser = load_denoiser(checkpoint, path, torch.device("cpu"), EngineConfig())
     conditions = onnx_file.conditions_of(checkpoint)
     if graph == "one_step":
@@ -79,9 +80,11 @@ def export(arguments: argparse.Namespace) -> None:
     say(f"written: {output}: {what}, {len(content) / 1e6:.1f} MB, inputs {', '.join(names)}")
 
 
-def _require_unrollable(path: Path, sampler: str | None, steps: int) -> None:
-    if sampler not in (None, "ddim") and steps > 1:
-        raise InputError(f"{path}: its sampler {sampler} draws noise at each step; give --one_step")
+def _require_unrollable(path: Path, sampler: str, steps: int) -> None:
+    if sampler != "ddim" and steps > 1:
+        raise InputError(
+            f"{path}: its sampler is {sampler}, and only ddim goes into one graph; give --one_step"
+        )
     if steps > MOST_STEPS:
         raise InputError(
             f"{path}: {steps} steps; at most {MOST_STEPS} go into one graph; give --steps (of a "

@@ -23,7 +23,10 @@ LARGEST = 2**31  # bytes of a file
 
 
 class OneStep(nn.Module):
-    """(z, logsnr, *condition) -> x_hat, eps_hat, not clipped. conditions: names of the inputs."""
+    """(z, logsnr, *condition) -> x_hat, eps_hat, as the network is trained (diffusion.clip).
+
+    conditions: names of the inputs.
+    """
 
     def __init__(self, denoiser: Denoiser, conditions: list[str]) -> None:
         super().__init__()
@@ -103,6 +106,7 @@ def traced(
     optimize: False keeps each weight of the module as it is, under its own name.
     """
     try:
+        import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
@@ -207,7 +211,8 @@ def metadata(checkpoint: Checkpoint, graph: str, levels: Tensor, precision: str)
 def halve(model: Any, smallest: int = 256) -> None:
     """Stores the weights of an onnx model in float16; the graph casts them back to float32.
 
-    smallest: tensors with fewer numbers stay as they are.
+    smallest: tensors with fewer numbers stay as they are. Raises InputError for a number that is
+    too large for float16.
     """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
@@ -218,6 +223,8 @@ def halve(model: Any, smallest: int = 256) -> None:
         if tensor.data_type != TensorProto.FLOAT or values.size < smallest:
             continue
         name = tensor.name
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            raise InputError(f"{name}: too large for float16; export it with --precision fp32")
         half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
         graph.initializer.remove(tensor)
         graph.initializer.append(half)

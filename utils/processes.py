@@ -154,6 +154,8 @@ def choose_device(name: str | None) -> torch.device:
         if device.type not in known:
             raise ValueError(name)
         torch.empty(1, device=device)
+    except torch.OutOfMemoryError:
+        raise InputError(f"--device {name}: its memory is full; free it, or take cpu") from None
     except (RuntimeError, AssertionError, ValueError):
         raise InputError(
             f"--device {name}: not a device of this machine; take {' or '.join(known)}"

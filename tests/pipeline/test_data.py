@@ -167,6 +167,12 @@ def test_sixteen_bits_a_pixel_are_brought_to_eight(tmp_path):
     (tmp_path / "x.pgm").write_bytes(b"P5 32 32 65535\n" + pixels.astype(">u2").tobytes())
     image, _ = ImageFolder(tmp_path, 32, 1)[0]
     assert np.array_equal(image[0].numpy(), pixels >> 8)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be turned by half
+    clear = int(pixels[5, 6])
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif, transparency=clear)
+    image, _ = ImageFolder(tmp_path, 32, 1)[1]
+    assert np.array_equal(image[0].numpy(), (np.where(pixels == clear, 0, pixels) >> 8)[::-1, ::-1])
     Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "x.tiff")
     assert "8 or 16 bits" in str(ImageFolder(tmp_path, 32, 1)[2])
 
@@ -198,14 +204,18 @@ def test_an_unreadable_image_is_named(folder, workers):
         list(dataset.batches([torch.arange(4)]))
 
 
-def test_pipes_are_refused_and_hidden_files_skipped(folder):
+def test_pipes_are_refused_and_hidden_files_skipped(folder, capsys):
     (folder / "a" / "._big.png").write_bytes(b"what macOS leaves beside a file")
     hidden = folder / ".thumbnails"
     hidden.mkdir()
     (hidden / "x.png").write_bytes(b"no image")
     (folder / "a" / "folder.png").mkdir()
     (folder / "loop").symlink_to(folder)
+    (folder / ".loop").symlink_to(folder)
     assert open_here("image_folder", folder, 16, 3).num_images == 3
+    said = capsys.readouterr().err
+    assert said.count("loop") == 1
+    assert "loop: a link to a folder, which is not followed" in said
     os.mkfifo(folder / "a" / "pipe.png")
     with pytest.raises(InputError, match=r"a/pipe.png: not a regular file"):
         open_here("image_folder", folder, 16, 3)

@@ -381,6 +381,19 @@ def test_options_that_do_not_fit_are_refused(options, said, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_folder_that_is_half_replaced_is_no_pipeline(tmp_path, monkeypatch):
+    export(tmp_path, checkpoint_of({}, None), "--steps", "8")
+    index = next(tmp_path.rglob("model_index.json"))
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.files.write_text", stopped)
+    main = ["--output", str(index.parent), "--steps", "8", str(next(tmp_path.glob("*.pt")))]
+    assert export_diffusers.main(main) == 130
+    assert not index.exists()
+
+
 def test_distances_of_other_weights_are_left_out(tmp_path, capsys):
     results = str(ROOT / "docs" / "mnist" / "results.json")
     export(tmp_path, checkpoint_of({}), "--results", results)

@@ -168,9 +168,14 @@ def test_other_files_are_refused_in_one_line(files, tmp_path):
 def test_what_cannot_be_exported_is_refused(files, tmp_path, capsys):
     plain = str(files["plain.pt"])
     many = student(tmp_path / "many.pt", 32)
+    config = make_config(tiny(sampling={"sampler": "ancestral"}), "x")
+    noisy = tmp_path / "noisy.pt"
+    weights = build_network(config, CPU).state_dict()
+    save_checkpoint(noisy, Checkpoint("base", "tiny", config, 1, 0, weights))
     for arguments, reason in (
         ([plain, "--output", "x.pt"], "ends in .onnx"),
         ([str(many), "--output", str(tmp_path / "x.onnx")], "at most 16"),
+        ([str(noisy), "--output", str(tmp_path / "x.onnx")], "its sampler is ancestral"),
         ([str(many), "--output", str(tmp_path / "x.onnx"), "--steps", "8"], "was distilled for 32"),
     ):
         assert export_onnx.main(arguments) == 2

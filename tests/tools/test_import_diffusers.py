@@ -20,7 +20,8 @@ from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_che
 from pipeline.config import make_config
 from tests.test_scripts import refused, run
 from tests.tools import test_export_diffusers as exporting
-from tools import export_diffusers, import_diffusers
+from tools import export_diffusers, export_onnx, import_diffusers
+from tools.onnx_file import read_onnx
 from training.ladder import distillation_config
 from training.stage import student_stages
 from training.stages import make_objective
@@ -203,9 +204,11 @@ def test_old_pipelines_in_one_folder_with_old_names(tmp_path):
     weights = {old_name(name): tensor for name, tensor in load_file(path).items()}
     assert any(".query." in name for name in weights)
     save_file(weights, path)
+    edit(tmp_path / "old" / "scheduler_config.json", prediction_type=None, predict_epsilon=False)
     made = load_checkpoint(imported(tmp_path / "old", *MNIST))
     assert digest(made.model) == digest(wanted.model)
     assert made.grid == wanted.grid
+    assert made.config.diffusion.prediction == "x"
 
 
 def test_a_published_table_stays_as_it_is(tmp_path):
@@ -396,6 +399,18 @@ def test_classes(tmp_path, capsys):
     assert not torch.equal(changed[1], free[1])
 
 
+def test_classes_without_a_row_for_none_are_exported_to_onnx(tmp_path):
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    pipeline(tmp_path / "p", num_steps=20, num_class_embeds=3)
+    path, file = imported(tmp_path / "p", *MNIST), tmp_path / "x.onnx"
+    assert run(export_onnx, path, "--one_step", "--output", file) == 0
+    z, logsnr, label = torch.randn(3, 1, 8, 8), torch.zeros(3), torch.tensor([0, 2, 1])
+    wanted = load_denoiser(load_checkpoint(path), path, CPU)(z, logsnr, label=label)
+    x, _ = read_onnx(file)(z=z, logsnr=logsnr, label=label)
+    assert (x - wanted.x).abs().max() < 1e-4
+
+
 def test_the_time_input_is_the_number_of_the_nearest_level(tmp_path):
     pipeline(tmp_path / "p", num_steps=20)
     checkpoint = load_checkpoint(imported(tmp_path / "p", *MNIST))
@@ -482,6 +497,7 @@ BAD = {
     ),
     "not square": (unet(sample_size=[8, 16]), "sample_size: [8, 16]; square ones are taken"),
     "no size": (unet(sample_size=None), "sample_size: missing"),
+    "a text as size": (unet(sample_size="8"), "config.json: sample_size: input should be"),
     "latents alone": (unet(in_channels=4, out_channels=4), "in_channels: "),
     "an unknown argument": (unet(wings=2), "model.config: no UNet2DModel for images of 8 pixels"),
     "an unknown block": (unet(down_block_types=["Down", "Down"]), "model.config: no UNet2DModel"),
@@ -490,6 +506,10 @@ BAD = {
     "huge": (unet(block_out_channels=[2**40, 2**41]), "model.config: no UNet2DModel"),
     "endless": (unet(layers_per_block=10**9), "layers_per_block: not a whole number"),
     "odd": (unet(sample_size=9), "no UNet2DModel for images of 9 pixels"),
+    "few times": (
+        unet(time_embedding_type="learned", num_train_timesteps=10),
+        "num_train_timesteps: 10 learned time embeddings for 20 noise levels",
+    ),
     "noise as time": (unet(time_embedding_type="fourier"), "time_embedding_type 'fourier'"),
     "classes as times": (unet(class_embed_type="timestep"), "class_embed_type: only null"),
 }

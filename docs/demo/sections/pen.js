@@ -97,7 +97,9 @@ export class Pen {
   #key(event) {
     const move = MOVES[event.key];
     if (!move && event.key !== " ") return;
+    if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own, as Alt+Left
     event.preventDefault(); // the page must not scroll
+    if (!move && event.repeat) return; // the pen is lifted once, however long the key is held
     if (!this.keys) Object.assign(this, { keys: true, down: false });
     if (!move) {
       this.down = !this.down;
