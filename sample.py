@@ -55,7 +55,7 @@ def sample(arguments: argparse.Namespace) -> None:
     from pipeline.checkpoint import load_checkpoint
     from pipeline.engine import asked_engine
     from pipeline.sample_files import write_folder, write_grid, write_npz
-    from pipeline.sampling import SampleRequest
+    from pipeline.sampling import SampleRequest, warn_of_other_use
     from training.folder import require_output
     from utils.processes import join_world
 
@@ -83,6 +83,7 @@ def sample(arguments: argparse.Namespace) -> None:
             name += f"-{request.num_steps}-steps"
         output = output or Path("output/samples") / (f"{name}.png" if count is None else name)
         require_output(output, count is not None)
+        warn_of_other_use(checkpoint, arguments.steps, arguments.sampler)
         if arguments.clip is False and checkpoint.config.diffusion.clip:
             warn("--no-clip: changes nothing; this model was trained to clip x_hat itself")
         if count is None:

@@ -13,7 +13,8 @@ from utils.command import InputError, path_name, run_script, whole_number
 
 DESCRIPTION = """\
 Count parameters, arithmetic and memory of the networks of configs, for one image in float32,
-without running them; with --gpus, also what their runs would cost on so many. Prints tables."""
+without running them; with --gpus, also what their runs would cost on so many (an adversarial loss
+is not counted). Prints tables."""
 
 HEADER = (
     "| config | parameters, M | forward, GFLOP | training update, GFLOP "
@@ -105,7 +106,7 @@ def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Na
 
     training = config.training
     update = seconds(1, training.batch_size)
-    ladder = [s.updates * seconds(1 + legs_of(s), s.batch_size) for s in student_stages(config)]
+    ladder = [s.updates * seconds(1 + calls_of(s), s.batch_size) for s in student_stages(config)]
     hours = [
         training.updates * update / 3600,
         sum(ladder) / 3600,
@@ -119,11 +120,15 @@ def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Na
     )
 
 
-def legs_of(stage: Any) -> int:
-    """The legs of a stage's transitions, of a grid that is not uniform on average."""
+def calls_of(stage: Any) -> int:
+    """The calls of an image's target; of a grid that is not uniform, on average.
+
+    One for each leg of its path, or two where a base model is guided.
+    """
+    guided = stage.guidance is not None and stage.number == 1
     if stage.method.needs_average:
-        return 2
-    return math.ceil(stage.teacher_steps / stage.num_steps)
+        return 3 if guided else 2
+    return (2 if guided else 1) * math.ceil(stage.teacher_steps / stage.num_steps)
 
 
 def cost_of(config: Any) -> dict[str, float]:

@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     add("name", choices=SWEEPS, help="; ".join(f"{name}: {s.about}" for name, s in SWEEPS.items()))
     add("--only", nargs="+", metavar="VARIANT", help="some of the variants")
     add("--checkpoint", type=path_name, metavar="TEACHER.pt", help="the teacher of all students")
-    add("--seconds", type=whole_number(1, 2**20), help="of CPU time for each variant")
-    add("--updates", type=whole_number(1, 2**31), help="of base models, instead of a time")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--seconds", type=whole_number(1, 2**20), help="of CPU time, each variant")
+    budget.add_argument("--updates", type=whole_number(1, 2**31), help="of base models, instead")
     add(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="in all variants"
     )
@@ -80,6 +81,8 @@ def compare(arguments: argparse.Namespace) -> None:
     teacher = None if sweep.base else arguments.checkpoint or sweep.teacher
     if not (sweep.base or teacher or arguments.table):
         raise InputError(f"--checkpoint: missing; name the teacher of {arguments.name}")
+    if sweep.base and arguments.checkpoint:
+        raise InputError(f"--checkpoint: {arguments.name} trains its base models; leave it out")
     if arguments.updates and (sweep.base is None or sweep.students is not None):
         raise InputError(f"--updates: {arguments.name} has students; give --seconds instead")
     budget = {"seconds": arguments.seconds or sweep.seconds}

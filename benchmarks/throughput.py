@@ -58,6 +58,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Takes all measures, prints the table and writes the JSON file."""
     import torch
 
+    from diffusion.losses import ADVERSARIAL
     from pipeline.config import load_config
     from pipeline.latents import with_codec
     from utils.files import write_text
@@ -70,6 +71,8 @@ def measure(arguments: argparse.Namespace) -> None:
             )
     path = arguments.config_path
     config = with_codec(load_config(path, arguments.set), path)
+    if ADVERSARIAL in config.distillation.loss_weights():
+        raise InputError(f"distillation.losses: {ADVERSARIAL} is not timed; take the other terms")
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     bench = Bench(config, device, arguments.steps)
@@ -192,13 +195,13 @@ class Bench:
 
     def updates_measured(self) -> dict[str, Callable[[], object]]:
         """The engine's updates, and the networks alone: forward, backward, Adam; two forwards."""
-        from diffusion.losses import SQUARED_ERRORS
+        from diffusion.losses import SQUARED_ERRORS, weighted_sum
         from diffusion.objectives import denoising_objective, distillation_objective
         from training.trainee import make_optimizer
 
         config, schedule = self.config, self.schedule
         base_loss = SQUARED_ERRORS[config.diffusion.loss_weight]
-        student_loss = SQUARED_ERRORS[config.distillation.loss_weight]
+        student_loss = weighted_sum(config.distillation.loss_weights())
         legs, paths = [self.teaching] * 2, self.paths()
         train = self._endless_updates(
             lambda denoiser: denoising_objective(denoiser, schedule, base_loss), ema_decay=0.9999

@@ -63,6 +63,7 @@ class LadderReport:
         folder = run.output / "images"
         self.gallery = Gallery(folder, run.world, run.config.seed, 64, CHUNK, raw=True)
         self.reference_steps = reference_steps(base, run.config)
+        self.guidance = (run.config.distillation.guidance or (0.0,))[0]  # the least they know
         self.teachers: dict[int, Tensor] = {}
         self.students: dict[int, Tensor] = {}
         self.rows: list[LadderRow] = []
@@ -71,7 +72,7 @@ class LadderReport:
     def _images(
         self, checkpoint: Checkpoint, path: Path, sampler: str, num_steps: int
     ) -> Float[Tensor, "n c h w"]:
-        return self.gallery.images(checkpoint, path, sampler, num_steps, self.count)
+        return self.gallery.images(checkpoint, path, sampler, num_steps, self.count, self.guidance)
 
     def _error_of_teacher(self, num_steps: int) -> float:
         images = self._images(self.base, self.base_path, self.base.sampler or "ddim", num_steps)
@@ -103,6 +104,10 @@ class LadderReport:
     def table(self) -> str:
         """Returns the table of the stages so far."""
         what = "images" if self.base.config.codec.identity is None else "latents"
+        if not self.base.config.diffusion.clip:
+            what += ", not clipped"
+        if self.guidance:
+            what += f", guidance {self.guidance:g}"
         return ladder_table(self.rows, self.reference_steps, self.base.sampler, what)
 
     def finish(self) -> None:
@@ -128,7 +133,7 @@ def ladder_table(
     """Returns the ladder as a Markdown table below a line that explains it.
 
     sampler: the sampler of the student that the ladder starts from; None if from a base model.
-    what: whose distances they are, images or latents.
+    what: whose distances they are, images or latents, and how these were drawn.
     """
     reference, teacher = (
         ("base teacher", "undistilled teacher")
@@ -136,9 +141,10 @@ def ladder_table(
         else ("first teacher", "first teacher")
     )
     drawn = "DDIM" if sampler in (None, "ddim") else sampler
+    kind = what.partition(",")[0]
     lines = [
-        f"Mean squared distance to the {reference}'s {reference_steps}-step {drawn} {what} from "
-        f"the same noise ({NUM_IMAGES} {what}, not clipped):",
+        f"Mean squared distance to the {reference}'s {reference_steps}-step {drawn} {kind} from "
+        f"the same noise ({NUM_IMAGES} {what}):",
         "",
         f"| steps | updates | student | {teacher} | student / teacher |",
         "|---:|---:|---:|---:|---:|",

@@ -11,7 +11,7 @@ from diffusion.gaussian import Denoiser
 from pipeline.build import frozen_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.engine import sampling_engine
-from pipeline.sampling import SampleRequest
+from pipeline.sampling import SampleRequest, warn_of_other_use
 from utils.command import InputError
 from utils.processes import World, choose_device
 
@@ -76,6 +76,7 @@ def load_sampler(
     loaded, world = load_checkpoint(path), World(choose_device(device))
     if steps is not None and steps < 1:
         raise InputError(f"steps: {steps}; take at least 1")
+    warn_of_other_use(loaded, steps, None)
     engine = sampling_engine(loaded.config.engine, world.device)
     return Sampler(loaded, frozen_denoiser(loaded, path, world.device, engine), world, steps)
 

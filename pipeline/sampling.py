@@ -60,23 +60,12 @@ class SampleRequest:
     ) -> "SampleRequest":
         """Returns a request with the checkpoint's own settings for all that is not given.
 
-        Raises InputError for invalid values; warns of those that a student was not distilled for.
+        Raises InputError for invalid values; warns of a guidance weight that is new to the model.
         """
-        sampling, own = checkpoint.config.sampling, checkpoint.num_steps
+        sampling = checkpoint.config.sampling
         if sampler is None:
             sampler = checkpoint.sampler or sampling.sampler
         require_sampler(sampler)
-        if own and steps not in (None, own) and checkpoint.sampler == "ddim":
-            warn(
-                f"this student was distilled for {own} steps: it learnt to jump between those "
-                f"noise levels alone, so {steps} steps ask it for jumps it has never seen"
-            )
-        if own and sampler != checkpoint.sampler:
-            warn(
-                f"this student was distilled for the sampler {checkpoint.sampler}; {sampler} asks "
-                "for the mean of the images at each level, of which a student keeps one, and looks "
-                "blurred or noisy"
-            )
         if clip and checkpoint.config.codec.identity is not None:
             raise InputError(f"--clip: {NOT_CLIPPED}")
         classes = _parse_labels(labels, checkpoint.config.model.num_classes)
@@ -205,6 +194,22 @@ def require_guidable(weight: float, checkpoint: Checkpoint) -> None:
         warn(
             "this model was never shown images without their class (training.label_dropout), so "
             "guidance asks it for what it has not learnt"
+        )
+
+
+def warn_of_other_use(checkpoint: Checkpoint, steps: int | None, sampler: str | None) -> None:
+    """Warns of steps and a sampler that were asked for, but that a student was not made for."""
+    own = checkpoint.num_steps
+    if own and steps not in (None, own) and checkpoint.sampler == "ddim":
+        warn(
+            f"this student was distilled for {own} steps: it learnt to jump between those "
+            f"noise levels alone, so {steps} steps ask it for jumps it has never seen"
+        )
+    if own and sampler not in (None, checkpoint.sampler):
+        warn(
+            f"this student was distilled for the sampler {checkpoint.sampler}; {sampler} asks "
+            "for the mean of the images at each level, of which a student keeps one, and looks "
+            "blurred or noisy"
         )
 
 

@@ -30,6 +30,7 @@ from pipeline.config import load_config
 from pipeline.network import build_network, build_schedule
 from tests.toys import tiny
 from tools import import_diffusers
+from training.stage import student_stages
 
 
 def test_the_benchmark_measures_what_it_says(tmp_path, capsys):
@@ -62,6 +63,9 @@ def test_what_cannot_be_timed_beside_is_refused(tmp_path, capsys):
     for value in ("training.batch_size=4", "engine.tf32=false"):
         assert throughput.main([*given, value]) == 2
         assert f"--beside {value}: take values of engine" in capsys.readouterr().err
+    adversarial = "distillation.losses={snr_trunc: 1.0, adversarial: 0.1}"
+    assert throughput.main([*given[:2], "--set", adversarial]) == 2
+    assert "distillation.losses: adversarial is not timed" in capsys.readouterr().err
 
 
 def test_what_is_timed_in_float32_is_not_compared_with_less():
@@ -107,6 +111,8 @@ def test_costs_are_counted_without_hardware(tmp_path, capsys):
     assert cost.main(arguments) == 0
     assert "| imagenet64 | 295.9 |" in capsys.readouterr().out
     assert cost.main([*arguments, "--tflops", "0"]) == 2
+    guided = student_stages(load_config(Path("configs/mnist_guided.yaml")))
+    assert [cost.calls_of(stage) for stage in guided] == [2, 4, 2, 2, 2, 2]
 
 
 @pytest.fixture
@@ -125,12 +131,13 @@ def run_sweep(few_real_images, tmp_path, monkeypatch):
     """A function that runs a sweep of tiny networks: (its values, options) -> the exit code."""
     base = tmp_path / "tiny.yaml"
     base.write_text(yaml.safe_dump(tiny()))
-    given = ["--seconds", "1", "--count", "20", "--output", str(tmp_path / "out")]
+    given = ["--count", "20", "--output", str(tmp_path / "out")]
 
     def run(name, *options, **values):
         tiny_base = {"base": base, "common": [], "steps": (2,)} if SWEEPS[name].base else {}
         monkeypatch.setitem(sweep.SWEEPS, name, replace(SWEEPS[name], **(tiny_base | values)))
-        return sweep.main([name, *given, *options])
+        budget = [] if "--updates" in options else ["--seconds", "1"]
+        return sweep.main([name, *given, *budget, *options])
 
     return run
 
@@ -194,6 +201,8 @@ def test_base_models_are_trained_for_equal_updates_if_asked(run_sweep, tmp_path,
     assert "made for other seconds" in capsys.readouterr().err
     assert run_sweep("methods", "--updates", "3", "--checkpoint", "x.pt") == 2
     assert "--updates: methods has students" in capsys.readouterr().err
+    assert run_sweep("teachers", "--checkpoint", "x.pt") == 2
+    assert "--checkpoint: teachers trains its base models" in capsys.readouterr().err
     assert run_sweep("networks", "--updates", "3") == 2
     assert "--updates: networks has students" in capsys.readouterr().err
 

@@ -480,7 +480,8 @@ WRONG = {  # what is asked for -> what the line says
     ),
     "grid beside the teacher's": (
         {"ladder": [8, 2], "grid": [1.0, 0.3, 0.0]},
-        "distillation.grid: the teacher's grid of 8 steps has no level",
+        "distillation.grid: 0.3 is none of the times of the teacher's 8 steps, which are multiples "
+        "of 1/8; take e.g. 0.25",
     ),
     "no average": ({"ladder": [8, 4], "method": "tract"}, "ema_decay: the method tract"),
     "unknown method": ({"method": "regressive"}, "distillation.method: 'regressive' is not one of"),
@@ -614,6 +615,29 @@ def test_a_student_that_takes_no_weight_cannot_be_guided(teachers, tmp_path, cap
     command = ("--config_path", config, "--teacher_model_checkpoint", student)
     line = refused(capsys, distill, *command, "--output", tmp_path / "more")
     assert "a student that takes no guidance weight" in line
+
+
+def test_what_is_no_section_is_refused(teachers, tmp_path, capsys):
+    command = ("--teacher_model_checkpoint", teachers["progressive"], "--output", tmp_path / "x")
+    for value in ("false", "0", "[]"):
+        line = refused(capsys, distill, *command, "--set", f"distillation={value}")
+        assert "distillation: input should be a valid dictionary" in line
+
+
+def test_a_ladder_is_drawn_without_a_warning_of_steps_and_weights(
+    ladders, teachers, tmp_path, capsys
+):
+    """The first teacher in its students' steps, and a weight of guidance that they know."""
+    folder, _ = ladders("pull")
+    config = write_config(tmp_path / "tiny.yaml", ladder=[4, 2])
+    command = ("--config_path", config, "--teacher_model_checkpoint")
+    capsys.readouterr()
+    assert main(distill, *command, folder / "student-4.pt", "--output", tmp_path / "one") == 0
+    config = write_config(tmp_path / "tiny.yaml", "guided", ladder=[4, 2], guidance=[1.0, 4.0])
+    assert main(distill, *command, teachers["guided"], "--output", tmp_path / "two") == 0
+    out, err = capsys.readouterr()
+    assert "warning" not in err
+    assert "(2 images, not clipped, guidance 1)" in out
 
 
 def test_a_student_of_the_same_teacher_at_other_steps_is_another_student(

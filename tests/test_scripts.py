@@ -28,6 +28,7 @@ from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
 from pipeline.config import make_config, override
 from pipeline.engine import asked_engine, sampling_engine
 from tests.toys import tiny
+from training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -645,6 +646,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, number):
     assert "run the same command again to go on" in last
     (saved,) = out.glob("diffusion-*.pt")
     assert load_checkpoint(saved).update == int(saved.stem.removeprefix("diffusion-"))
+    assert any(key.startswith("loss_logsnr_") for key in read_metrics(out / "metrics.jsonl")[-1])
 
 
 def test_ctrl_c_in_the_middle_of_a_stage_of_the_ladder(workshop, tmp_path):

@@ -38,12 +38,14 @@ def distillation_config(
     where = str(config_path or teacher_path) + (" with --set" if overrides else "")
     before = read_yaml(config_path) if config_path else teacher.config.model_dump(mode="json")
     values = override(before, overrides)
-    old, section = (v.get("distillation") or {} for v in (before, values))
+    old, section = (
+        {} if v.get("distillation") is None else v["distillation"] for v in (before, values)
+    )
     if isinstance(old, dict) and isinstance(section, dict):
         _require_no_other_ladder(section, overrides, where)
         section = section | _part(section, where, first_steps, iterations)
         values["distillation"] = section | _fitting_lists(old, section, where)
-    section = values.get("distillation") or {}
+        section = values["distillation"]
     if isinstance(section, dict):  # whether a student fits is a question to its teacher's network
         apart = {k: v for k, v in section.items() if k not in ("student", "guidance")}
         values["distillation"] = apart
@@ -60,6 +62,7 @@ def distillation_config(
             "read here; the checkpoint's values hold, and --output says where results go"
         )
     _require_steps(teacher, teacher_path, given.distillation)
+    _require_times(teacher, given.distillation, where)
     data = teacher.config.data.model_copy(update={"workers": given.data.workers})
     asked = _asked("data.root", overrides)
     if asked or given.data.name == data.name:  # the folder of other data is no use
@@ -101,6 +104,23 @@ def _require_no_other_ladder(section: dict[str, Any], overrides: list[str], wher
             raise InputError(
                 f"{where}: distillation.{key} does nothing beside distillation.ladder = "
                 f"{section['ladder']}; to halve the steps, set distillation.ladder=null too"
+            )
+
+
+def _require_times(teacher: Checkpoint, ladder: DistillationConfig, where: str) -> None:
+    """Raises InputError for a listed time at which a step of a base model does not begin.
+
+    A student's times are not known, only its levels, and a table's nearest ones are taken.
+    """
+    if not isinstance(ladder.grid, tuple) or teacher.grid is not None:
+        return
+    steps = ladder.steps()[0]
+    for time in ladder.grid:
+        nearest = round(time * steps) / steps
+        if abs(time - nearest) > 1e-10:
+            raise InputError(
+                f"{where}: distillation.grid: {time} is none of the times of the teacher's {steps} "
+                f"steps, which are multiples of 1/{steps}; take e.g. {nearest}"
             )
 
 

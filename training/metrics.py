@@ -154,11 +154,12 @@ class LossBins:
     def after(self, metrics: "Metrics", stage: Stage, world: World) -> dict[str, float]:
         """Adds an update's losses; returns the means where they are due, else nothing.
 
-        Before a checkpoint they are due too, as a resumed run begins with none.
+        Before a checkpoint and a stop they are due too, as a resumed run begins with none.
         """
         if not metrics.skipped and not stage.of_autoencoder:  # which has one level
             self.add(metrics.losses, metrics.logsnr)
         due = metrics.update % BINNED_EVERY == 0 or stage.saves_at(metrics.update)
+        due = due or metrics.stop  # the same in all processes
         return self.read(world) if due else {}
 
     def read(self, world: World) -> dict[str, float]:

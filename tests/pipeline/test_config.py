@@ -14,6 +14,7 @@ import train
 from pipeline.build import build_network
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import (
+    SECTIONS,
     Config,
     DistillationConfig,
     differences,
@@ -22,7 +23,7 @@ from pipeline.config import (
     override,
 )
 from utils.command import InputError
-from utils.strict_yaml import parse_yaml, write_yaml
+from utils.strict_yaml import parse_yaml, read_yaml, write_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -42,7 +43,10 @@ def test_every_config_of_the_repository_is_valid(path):
 
 
 def test_the_tutorials_config_is_the_tutorials_recipe():
-    config = load_config(CONFIGS / "ddpm_32x32_v_continuous.yaml")
+    path = CONFIGS / "ddpm_32x32_v_continuous.yaml"
+    config = load_config(path)
+    every = {name: set(keys) for name, keys in Config().model_dump().items() if name in SECTIONS}
+    assert {name: set(keys) for name, keys in read_yaml(path).items() if name in SECTIONS} == every
     model = config.model
     assert model.resample == "plain"
     assert differences(config, Config(), tuple(Config.model_fields)) == ["model.resample"]
