@@ -16,7 +16,7 @@ EVALUATE = $(RANKS) evaluate.py --output output/published
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
-	@echo 'make results      a teacher and its students from nothing: train, distil, measure (hours; LONG=1: as the published ones)'
+	@echo 'make results      a teacher and its students from nothing: train, distil, measure (seven hours)'
 	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (hours)'
 	@echo 'make adversarial  a part of it, after make tract: students trained adversarially as well (an hour or two)'
 	@echo 'make half_width   a part of it: students with half the channels (an hour)'
@@ -61,12 +61,12 @@ quickstart: $(VENV)/.installed
 	@echo 'look at $(RESULTS)/comparison.png and ladder.png; the table is in ladder.md beside them'
 
 # A teacher and its students from nothing, into pretrained/ and docs/mnist/ in place of the published ones (as each of
-# its parts does), which LONG=1 trains anew. A second call goes on where a stop left off. On two CPU cores, two processes of
-# one thread are faster than one of two. On processors that have it: ENGINE=engine.precision=bf16. On one GPU:
+# its parts does). A second call goes on where a stop left off. On two CPU cores, two processes of one thread are faster
+# than one of two. On processors that have it: ENGINE="engine.precision=bf16 engine.compile=true". On one GPU:
 # PROCESSES=1 ENGINE=engine.cuda_graphs=true; on several: PROCESSES=<GPUs>.
 ENGINE ?= engine.precision=fp32
 CLEAN = configs/mnist_clean.yaml
-TEACHER = output/mnist_clean/diffusion-8000.pt
+TEACHER = output/mnist_clean/diffusion-16000.pt
 LADDER = output/distilled/mnist_clean
 HALF = output/distilled/mnist_half_width
 PUBLISHED = pretrained/mnist-$(1).safetensors
@@ -82,89 +82,47 @@ results: $(VENV)/.installed-dev
 	$(MAKE) evaluate
 
 # Students of 8, 4 and 2 steps straight from the teacher, each with the weights of the one before to begin with, and
-# one of a single step from that of 2, with the pseudo-Huber loss. LONG=1 trains them as the published ones were, on
-# ten times as many images in all: those of 8 and 4 from the teacher's weights and in four parts, on an adaptive grid
-# until the last. Large batches are for a GPU.
-TRACT = output/distilled/$(if $(LONG),mnist_tract,mnist_straight)
-OF_TRACT = $(RANKS) distill.py --config_path configs/mnist_tract.yaml
-STRAIGHT = $(OF_TRACT) --teacher_model_checkpoint $(call PUBLISHED,teacher)
-TO = $(STRAIGHT) --set $(ENGINE) distillation.ladder=[128,$(1)]
-GRID_8 = [1.0,0.9296875,0.859375,0.78125,0.6875,0.5703125,0.4140625,0.21875,0.0]
-GRID_4 = [1.0,0.8515625,0.6875,0.4375,0.0]
-LATE = distillation.time_exponent=2.0 distillation.warmup=100
-define IN_PARTS
-	$(call TO,$(1)) --output $(TRACT)_$(1)
-	$(call TO,$(1)) distillation.updates_per_stage=7000 --output $(TRACT)_$(1)_more \
-		--initialise $(TRACT)_$(1)/student-$(1).pt
-	$(call TO,$(1)) $(LATE) distillation.updates_per_stage=2950 distillation.batch_size=256 \
-		distillation.learning_rate=4.0e-4 --output $(TRACT)_$(1)_large --initialise $(TRACT)_$(1)_more/student-$(1).pt
-	$(call TO,$(1)) $(LATE) distillation.grid=$(GRID_$(1)) distillation.learning_rate=1.5e-4 \
-		--output $(TRACT)_$(1)_noisy --initialise $(TRACT)_$(1)_large/student-$(1).pt
-endef
-HALVED = $(OF_TRACT) --teacher_model_checkpoint $(TRACT)_2/student-2.pt --set $(ENGINE) distillation.ladder=[2,1] \
-	distillation.method=progressive
-OF_64 = distillation.batch_size=64 distillation.learning_rate=2.8e-4
-HUBER = "distillation.losses={pseudo_huber: 1.0}"
+# one of a single step from that of 2, with the pseudo-Huber loss.
+TRACT = output/distilled/mnist_tract
+OF_TRACT = $(RANKS) distill.py --config_path configs/mnist_tract.yaml --output $(TRACT)_$(1) --set $(ENGINE)
+OF_BASE = --teacher_model_checkpoint $(call PUBLISHED,teacher)
+GRID_8 = distillation.grid=[1.0,0.9296875,0.859375,0.78125,0.6875,0.5703125,0.4140625,0.21875,0.0]
+GRID_4 = distillation.grid=[1.0,0.8515625,0.6875,0.4375,0.0]
 tract: $(VENV)/.installed-dev
-ifdef LONG
-	$(call IN_PARTS,8)
-	$(call IN_PARTS,4)
-	$(call TO,2) distillation.updates_per_stage=6400 --output $(TRACT)_2 --initialise $(TRACT)_4/student-4.pt
-	$(HALVED) distillation.updates_per_stage=4800 --output $(TRACT)_1
-	$(HALVED) $(HUBER) distillation.updates_per_stage=3000 distillation.learning_rate=1.5e-4 --output $(TRACT)_1_more \
-		--initialise $(TRACT)_1/student-1.pt
-	$(HALVED) $(HUBER) distillation.updates_per_stage=4500 --output $(TRACT)_1_most \
-		--initialise $(TRACT)_1_more/student-1.pt
-	$(HALVED) $(HUBER) distillation.updates_per_stage=5500 --output $(TRACT)_1_last \
-		--initialise $(TRACT)_1_most/student-1.pt
-	$(HALVED) $(OF_64) $(HUBER) distillation.updates_per_stage=2600 --output $(TRACT)_1_end \
-		--initialise $(TRACT)_1_last/student-1.pt
-	$(PUBLISH) $(foreach n,8 4,$(TRACT)_$(n)_noisy/student-$(n).pt) $(TRACT)_2/student-2.pt \
-		$(TRACT)_1_end/student-1.pt --name mnist-tract
-else
-	$(call TO,8) $(OF_64) distillation.grid=$(GRID_8) distillation.updates_per_stage=1500 --output $(TRACT)_8
-	$(call TO,4) $(OF_64) distillation.grid=$(GRID_4) distillation.updates_per_stage=1200 --output $(TRACT)_4 \
+	$(call OF_TRACT,8) $(GRID_8) $(OF_BASE)
+	$(call OF_TRACT,4) $(GRID_4) distillation.ladder=[128,4] distillation.updates_per_stage=10000 $(OF_BASE) \
 		--initialise $(TRACT)_8/student-8.pt
-	$(call TO,2) $(OF_64) distillation.updates_per_stage=1000 --output $(TRACT)_2 --initialise $(TRACT)_4/student-4.pt
-	$(HALVED) $(OF_64) $(HUBER) distillation.updates_per_stage=1700 --output $(TRACT)_1
-	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
-endif
-
-# Students trained with an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract before; with
-# LONG=1 the first two as they were after their first part, and for longer), kept close to their teacher, and that of
-# one of the ladder. Where a student stays what it is, and is there only as the next one's teacher, it gets a single
-# update.
-ON_GRID_8 = distillation.grid=$(if $(LONG),adaptive,$(GRID_8))
-ON_GRID_4 = distillation.grid=$(if $(LONG),adaptive,$(GRID_4))
-AS_WELL = output/distilled/adversarial$(if $(LONG),,_straight)
-CLOSE = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set $(ENGINE) \
-	distillation.method=tract distillation.batch_size=32 distillation.learning_rate=1.0e-4 \
-	distillation.time_exponent=2.0 distillation.ema_decay=0.998 distillation.warmup=100 \
-	"distillation.losses={snr_trunc: 3.0, adversarial: 0.3}" distillation.checkpoint_every=100 \
-	distillation.ladder=[128,$(1)]
-ADVERSARIAL = $(RANKS) distill.py --teacher_model_checkpoint $(call PUBLISHED,teacher) --set \
-	"distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" distillation.batch_size=64 \
-	distillation.time_exponent=3.0 distillation.ema_decay=0.998 distillation.checkpoint_every=50 $(ENGINE)
-adversarial: $(VENV)/.installed-dev
-	$(call CLOSE,8) $(ON_GRID_8) distillation.updates_per_stage=$(if $(LONG),1000,600) --output $(AS_WELL)_8 \
-		--initialise $(TRACT)_8/student-8.pt
-	$(call CLOSE,4) $(ON_GRID_4) distillation.updates_per_stage=$(if $(LONG),1000,800) --output $(AS_WELL)_4 \
+	$(call OF_TRACT,2) distillation.ladder=[128,2] distillation.updates_per_stage=8000 $(OF_BASE) \
 		--initialise $(TRACT)_4/student-4.pt
-	$(call CLOSE,2) distillation.grid=adaptive distillation.updates_per_stage=900 --output $(AS_WELL)_2 \
-		--initialise $(call PUBLISHED,tract-2-steps)
-	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,500,800] \
-		distillation.warmup=60 distillation.learning_rate=[1.0e-4,1.0e-4,2.0e-4,2.0e-4] --output $(AS_WELL) \
-		--initialise $(foreach n,8-steps 4-steps 2-steps 1-step,$(call PUBLISHED,$(n)))
-	$(PUBLISH) $(AS_WELL)_8/student-8.pt $(AS_WELL)_4/student-4.pt $(AS_WELL)_2/student-2.pt $(AS_WELL)/student-1.pt \
-		--name mnist-adversarial
+	$(call OF_TRACT,1) distillation.ladder=[2,1] distillation.method=progressive distillation.updates_per_stage=16000 \
+		"distillation.losses={pseudo_huber: 1.0}" --teacher_model_checkpoint $(TRACT)_2/student-2.pt
+	$(PUBLISH) $(foreach n,8 4 2 1,$(TRACT)_$(n)/student-$(n).pt) --name mnist-tract
 
-# Students with half the channels: distilled from the one of 8 steps; that of one step with the adversarial term as well.
+# Students trained with an adversarial term as well: those of 8, 4 and 2 steps of TRACT (run make tract before), kept
+# close to their teacher, and more freely those of 2 and 1 steps of the ladder, of which the last is published.
+AS_WELL = output/distilled/adversarial
+CLOSE = $(RANKS) distill.py $(OF_BASE) --initialise $(TRACT)_$(1)/student-$(1).pt --output $(AS_WELL)_$(1) \
+	--set $(ENGINE) distillation.method=tract distillation.ladder=[128,$(1)] distillation.updates_per_stage=1500 \
+	distillation.batch_size=32 distillation.learning_rate=1.0e-4 distillation.time_exponent=2.0 \
+	distillation.ema_decay=0.998 distillation.warmup=100 distillation.checkpoint_every=100 \
+	"distillation.losses={snr_trunc: 3.0, adversarial: 0.3}"
+FREE = $(RANKS) distill.py --set $(ENGINE) "distillation.losses={snr_trunc: 0.3, adversarial: 0.3}" \
+	distillation.batch_size=64 distillation.time_exponent=3.0 distillation.ema_decay=0.998 distillation.warmup=60 \
+	distillation.checkpoint_every=50
+adversarial: $(VENV)/.installed-dev
+	$(call CLOSE,8) $(GRID_8)
+	$(call CLOSE,4) $(GRID_4)
+	$(call CLOSE,2) distillation.grid=adaptive
+	$(FREE) distillation.ladder=[4,2,1] distillation.updates_per_stage=[500,800] --output $(AS_WELL)_1 \
+		--teacher_model_checkpoint $(LADDER)/student-4.pt --initialise $(LADDER)/student-2.pt $(LADDER)/student-1.pt
+	$(PUBLISH) $(foreach n,8 4 2 1,$(AS_WELL)_$(n)/student-$(n).pt) --name mnist-adversarial
+
+# Students with half the channels: distilled from TRACT's of 8 steps; that of one step with the adversarial term as well.
 half_width: $(VENV)/.installed-dev
 	$(RANKS) distill.py --config_path configs/mnist_half_width.yaml \
-		--teacher_model_checkpoint $(call PUBLISHED,8-steps) --set $(ENGINE)
-	$(ADVERSARIAL) distillation.ladder=[64,8,4,2,1] distillation.updates_per_stage=[1,1,1,800] \
-		distillation.warmup=60 distillation.learning_rate=[1.0e-5,1.0e-5,1.0e-5,3.0e-4] --output $(HALF)_1 \
-		--config_path configs/mnist_half_width.yaml --initialise $(foreach n,8 4 2 1,$(HALF)/student-$(n).pt)
+		--teacher_model_checkpoint $(TRACT)_8/student-8.pt --set $(ENGINE)
+	$(FREE) distillation.ladder=[2,1] distillation.updates_per_stage=1200 distillation.learning_rate=3.0e-4 \
+		--output $(HALF)_1 --teacher_model_checkpoint $(HALF)/student-2.pt --initialise $(HALF)/student-1.pt
 	$(PUBLISH) $(HALF)/student-8.pt $(HALF)_1/student-1.pt --name mnist-half-width
 
 # 10,000 images of each and 5,000, as a distance falls with their number; of 2,000, also other samplers and numbers of
