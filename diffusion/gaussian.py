@@ -172,12 +172,12 @@ def conditioned(denoise: Denoise, **condition: Any) -> Denoise:
     return lambda z, logsnr: denoise(z, logsnr, **condition)
 
 
-def guided(denoise: Denoise) -> Denoise:
+def guided(denoise: Denoise, clip: bool = False) -> Denoise:
     """Classifier-free guidance as a condition: the result takes label and guidance, each (B,).
 
     x_hat_w = (1 + w) x_hat(label) - w x_hat(no class), and eps_hat alike, with w = guidance (Ho &
     Salimans 2022, equation 6). Label -1 is no class. Both predictions are asked for in one call of
-    twice the batch.
+    twice the batch. clip: whether x_hat_w is within_range; that of both predictions is not enough.
     """
 
     def guided_denoise(
@@ -188,7 +188,8 @@ def guided(denoise: Denoise) -> Denoise:
         prediction = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), **doubled)
         w = guidance.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
         halves = (part.chunk(2) for part in prediction)
-        return Prediction(*((1 + w) * known - w * free for known, free in halves))
+        moved = Prediction(*((1 + w) * known - w * free for known, free in halves))
+        return within_range(moved, *alpha_sigma(logsnr, z)) if clip else moved
 
     return guided_denoise
 

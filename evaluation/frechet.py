@@ -55,19 +55,20 @@ def distances_without(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"])
 def compare_distances(
     distance: float, without: Sequence[float], other: float, other_without: Sequence[float]
 ) -> Compared:
-    """Compares two distances over the same noise, each with its distances_without.
-
-    Intervals by the jackknife (Efron 1982): se^2 = 9/10 sum_n (v_n - mean)^2, where v_n is the
-    value without set n.
-    """
+    """Compares two distances over the same noise, each with its distances_without."""
     pairs = list(zip(without, other_without, strict=True))
     return Compared(
-        _jackknife(distance - other, [a - b for a, b in pairs]),
-        _jackknife(distance / max(other, 1e-9), [a / max(b, 1e-9) for a, b in pairs]),
+        jackknife(distance - other, [a - b for a, b in pairs]),
+        jackknife(distance / max(other, 1e-9), [a / max(b, 1e-9) for a, b in pairs]),
     )
 
 
-def _jackknife(value: float, without: list[float]) -> Interval:
+def jackknife(value: float, without: Sequence[float]) -> Interval:
+    """Returns a value with the 95% interval of its values without each of equal sets.
+
+    se^2 = (k - 1)/k sum_n (v_n - mean)^2 for k sets, where v_n is the value without set n (Efron
+    1982).
+    """
     count = len(without)
     error = (count - 1) / count**0.5 * statistics.stdev(without)
     return Interval(value, STUDENT_T * error)

@@ -30,7 +30,7 @@ from utils.processes import World
 from utils.randomness import generator
 
 CHUNK = 125  # images per file
-LEAST_IMAGES = 10  # from elsewhere: twice evaluation.quality.NOISE_SETS
+LEAST_IMAGES = 10  # from elsewhere: evaluation.quality.FEWEST
 LARGEST_ARRAY = 2**32  # bytes read from an .npz: more than 300,000 images of 64x64x3
 DIGITS = {"mnist": mnist, "colored_mnist": colored_mnist}  # what the classifier can be used on
 

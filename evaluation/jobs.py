@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.quality import NOISE_SETS
+from evaluation.quality import FEWEST
 from evaluation.results import FLOOR, NOISY, Key, Row
 from pipeline.checkpoint import Checkpoint, digest
 from pipeline.engine import asked_engine
@@ -84,10 +84,10 @@ def plan_jobs(
         for sampler, n in pairs:
             require_levels(path, checkpoint, n)
             size = count if max_calls is None else min(count, max_calls // n)
-            if size < 2 * NOISE_SETS:
+            if size < FEWEST:
                 raise InputError(
                     f"--count, --max_calls: leave {size} images at {n} steps; "
-                    f"measuring needs at least {2 * NOISE_SETS}"
+                    f"measuring needs at least {FEWEST}"
                 )
             jobs += [Job(checkpoint, path, sampler, n, size, weight) for weight in guidance]
     return jobs

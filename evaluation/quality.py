@@ -1,6 +1,5 @@
 """How good images are: distances between the features of samples and those of real images."""
 
-import statistics
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.features import Features
-from evaluation.frechet import distances_without, frechet_distance, limit_distance
+from evaluation.frechet import distances_without, frechet_distance, jackknife, limit_distance
 from pipeline.codec import encode
 
-NOISE_SETS = 5  # disjoint parts of the samples, for the interval of a distance
-STUDENT_T = 2.776  # 97.5% quantile with four degrees of freedom
+FEWEST = 10  # samples that can be measured
 CONFIDENT = 0.9
 NEAREST = 1_000  # samples that are compared with the training images
 
@@ -45,27 +43,26 @@ class Quality:
 def measure(samples: Features, real: Features) -> Quality:
     """Returns the quality of the samples. Raises ValueError for fewer than 10 samples.
 
-    The interval is Student's t times the standard error of the mean of five distances, those of
-    five disjoint parts of the samples. The parts are used for the spread alone: a distance is
-    biased upwards, more so for fewer samples.
+    The interval is that of the jackknife, from the distances without each of ten sets. Those of
+    the sets alone would not do: a distance of few samples is mostly bias, which has its own spread.
     """
     count = len(samples.values)
-    if count < 2 * NOISE_SETS:
-        raise ValueError(f"{count} samples; a distance needs at least {2 * NOISE_SETS}")
-    parts = samples.values[: count - count % NOISE_SETS].chunk(NOISE_SETS)
-    spread = statistics.stdev(frechet_distance(part, real.values) for part in parts)
+    if count < FEWEST:
+        raise ValueError(f"{count} samples; a distance needs at least {FEWEST}")
+    distance = frechet_distance(samples.values, real.values)
+    without = distances_without(samples.values, real.values)
     precision, recall = precision_and_recall(samples.values, real.values)
     logits = samples.logits
     return Quality(
         count=count,
-        frechet=frechet_distance(samples.values, real.values),
-        frechet_interval=STUDENT_T * spread / NOISE_SETS**0.5,
+        frechet=distance,
+        frechet_interval=jackknife(distance, without).half,
         kernel=kernel_distance(samples.values, real.values),
         precision=precision,
         recall=recall,
         confident=None if logits is None else confident_share(logits),
         classes=None if logits is None else class_shares(logits),
-        without=distances_without(samples.values, real.values),
+        without=without,
         limit=limit_distance(samples.values, real.values),
     )
 

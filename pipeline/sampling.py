@@ -99,7 +99,8 @@ class SampleRequest:
         if takes_guidance or self.guidance:
             condition["guidance"] = torch.full((len(indices),), self.guidance, device=device)
         guides = self.guidance and not takes_guidance
-        denoise = conditioned(guided(self.denoiser) if guides else self.denoiser, **condition)
+        asked = guided(self.denoiser, self.denoiser.clip) if guides else self.denoiser
+        denoise = conditioned(asked, **condition)
         return clipped(denoise) if self.clip else denoise
 
     def sample(self, indices: Sequence[int], on_step: OnStep | None = None) -> Tensor:

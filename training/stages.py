@@ -178,7 +178,7 @@ def teacher_denoiser(run: Run, stage: Stage, teacher: Checkpoint) -> Denoise:
     """
     denoiser = load_denoiser(teacher, run.output, run.world.device, run.config.engine)
     if stage.guidance is not None and not teacher.config.model.guidance:
-        return guided(denoiser)
+        return guided(denoiser, denoiser.clip)
     return denoiser
 
 

@@ -211,3 +211,6 @@ def test_guidance_is_the_papers_formula(weight, seed):
     close(found.x, (1 + w) * known.x - w * free.x)
     assert torch.equal(found.x[2], known.x[2]), "a weight of 0 gives the class's own prediction"
     close(found.eps, eps_from_x(z, found.x, logsnr), rtol=1e-6, atol=1e-9)
+    inside = guided(denoise, clip=True)(z, logsnr, label=label, guidance=weights)
+    close(inside.x, found.x.clamp(-1.0, 1.0))
+    close(inside.eps, eps_from_x(z, inside.x, logsnr), rtol=1e-6, atol=1e-9)
