@@ -7,6 +7,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -168,3 +169,14 @@ def run_alone(module, *commands, before=None):
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
+
+
+def peak_memory():
+    """The most memory that this process has had since its peak was reset, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def reset_peak_memory():
+    """Lets peak_memory begin with what this process has now; getrusage would count all before."""
+    Path("/proc/self/clear_refs").write_text("5")

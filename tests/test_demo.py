@@ -441,6 +441,17 @@ def test_a_stroke_with_keys_and_with_a_finger(page):
     by_keys = pixels_of(page, "#stroke .pen")
     assert set(np.unique(by_keys[:, :120])) == {0}, "and none on its way"
     assert (by_keys > 200).mean() > 0.02
+    find(page, "#stroke .clear").click()
+    press(page, pen, Keys.SPACE)
+    held = "{key: ' ', repeat: true, cancelable: true}"
+    back = "{key: 'ArrowLeft', altKey: true, cancelable: true}"
+    for event, taken in ((held, True), (back, False)):
+        script = f"return arguments[0].dispatchEvent(new KeyboardEvent('keydown', {event}))"
+        assert page.execute_script(script, pen) != taken
+    press(page, pen, *[Keys.ARROW_DOWN] * 12)
+    page.execute_script("arguments[0].blur()", pen)
+    by_keys = pixels_of(page, "#stroke .pen")
+    assert (by_keys > 200).mean() > 0.02, "a held key lifts no pen"
     x, y = page.execute_script(
         "const b = arguments[0].getBoundingClientRect(); return [b.x, b.y]", pen
     )

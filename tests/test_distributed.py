@@ -158,19 +158,19 @@ def same_weights(a, b):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_is_restarted_and_the_run_goes_on(runs, tmp_path):
     folder, _ = runs
-    more = ("--set", "training.updates=40", "training.checkpoint_every=5")
+    more = ("--set", "training.updates=200", "training.checkpoint_every=20")
     train = ("--config_path", folder / "tiny.yaml", *more, "--output")
     run_together(2, "train", *train, tmp_path / "undisturbed")
     options = ("--standalone", "--max-restarts=1")
     process = begin(2, "train.py", *train, tmp_path / "killed", options=options)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "diffusion-10.pt").exists():
+    while not (tmp_path / "killed" / "diffusion-20.pt").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     assert "going on from" in end(process)
-    last = [tmp_path / run / "diffusion-40.pt" for run in ("undisturbed", "killed")]
+    last = [tmp_path / run / "diffusion-200.pt" for run in ("undisturbed", "killed")]
     assert same_weights(*last), "bit-identical: as many processes, on the same machine"
 
 

@@ -41,6 +41,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
 )
 from tests.pipeline.test_checkpoint import GRID, checkpoint, entries_of, save_entries
+from tests.processes import peak_memory, reset_peak_memory
 from tests.test_scripts import refused, run
 from tests.toys import tiny
 from training.resume import newest_whole, numbered
@@ -366,12 +367,6 @@ def below(folder, but):
     }
 
 
-def peak_memory():
-    """The most memory that this process has had since its peak was reset, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
-
-
 def in_a_child(said, folder, work):
     """The exit code of the work in a process of its own, what it said, and the memory it took."""
     child = os.fork()
@@ -391,7 +386,7 @@ def in_a_child(said, folder, work):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             sys.stdout = sys.stderr = file
-            Path("/proc/self/clear_refs").write_text("5")
+            reset_peak_memory()
             before = peak_memory()
             limit = resource.getrlimit(resource.RLIMIT_AS)[1]
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

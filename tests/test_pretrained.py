@@ -12,7 +12,7 @@ from evaluation.features import make_extractor
 from evaluation.gallery import Gallery
 from evaluation.quality import background, class_shares, confident_share
 from evaluation.results import finest_base, read_results
-from evaluation.tables import summary
+from evaluation.tables import markdown, summary, write_results
 from pipeline.api import load_sampler
 from pipeline.checkpoint import digest, load_checkpoint
 from utils.processes import World
@@ -143,6 +143,18 @@ def test_sample_py_draws_digits_of_the_eight_step_student(tmp_path):
     logits = make_extractor("digits", torch.device("cpu"))(images).logits
     assert confident_share(logits) > 0.75
     assert all(share > 0 for share in class_shares(logits))
+
+
+def test_the_stored_tables_are_those_of_the_stored_results(results, tmp_path):
+    write_results(tmp_path, results)
+    for name in ("results.md", "results.csv", "results.json"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / "mnist" / name).read_text()
+    titles, _, *rows = (
+        [cell.strip() for cell in line[1:-1].split("|")] for line in markdown(results).splitlines()
+    )
+    shown, quality = dict(zip(titles, rows[-1], strict=True)), results.rows[-1].quality
+    assert shown["precision"] == f"{quality.precision:.3f}"
+    assert shown["recall"] == f"{quality.recall:.3f}"
 
 
 def test_readme_and_the_page_show_the_stored_results(results):

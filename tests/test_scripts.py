@@ -353,7 +353,16 @@ def test_a_grid_has_the_checkpoints_steps(workshop, tmp_path, capsys):
     assert "warning" not in said.err
     assert Image.open(path).size == (200, 200)
     assert Image.open(tmp_path / "grid.gif").n_frames == 5
-    assert Image.open(tmp_path / "grid-strip.png").size == (2 * (5 * 34 - 2), 2 * (12 * 34 - 2))
+    strip = Image.open(tmp_path / "grid-strip.png")
+    assert strip.size == (2 * (5 * 34 - 2), 2 * (12 * 34 - 2))
+    grid, steps = (np.asarray(image)[::2, ::2].astype(int) for image in (Image.open(path), strip))
+    assert np.array_equal(steps[:32, 4 * 34 :], grid[:32, :32]), "the last column is the image"
+    with Image.open(tmp_path / "grid.gif") as gif:
+        first = np.asarray(gif.convert("L"))[::2, ::2].astype(int)
+        gif.seek(4)
+        last = np.asarray(gif.convert("L"))[::2, ::2].astype(int)
+    assert np.abs(first[:32, :32] - steps[:32, :32]).max() <= 2, "z above, where the GIF begins"
+    assert np.abs(last - grid).max() <= 2
 
 
 def test_an_image_is_a_function_of_seed_and_index(workshop, tmp_path):

@@ -2,7 +2,6 @@ import gzip
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -124,14 +123,11 @@ def test_a_damaged_mnist_file_is_named(tmp_path, name, damage):
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
-    for n, (name, size) in enumerate(
-        {"b/wide": (40, 20), "a/tall": (20, 50), "a/big": (64, 64)}.items()
-    ):
+    for name, size in {"b/wide": (40, 20), "a/tall": (20, 50), "a/big": (64, 64)}.items():
         path = tmp_path / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-        assert n < 3
     return tmp_path
 
 
@@ -244,17 +240,18 @@ def test_an_image_is_resized_and_then_cropped(tmp_path, shape, size):
 def test_a_long_narrow_image_takes_little_memory(tmp_path):
     Image.new("L", (1_000_000, 1), 200).save(tmp_path / "x.png")
     code = (
-        "import sys; from pathlib import Path; from resource import RUSAGE_SELF, getrusage\n"
+        "import sys; from pathlib import Path\n"
         "from pipeline.image_folder import ImageFolder\n"
-        "before = getrusage(RUSAGE_SELF).ru_maxrss\n"
+        "from tests.processes import peak_memory\n"
+        "before = peak_memory()\n"
         "image, _ = ImageFolder(Path(sys.argv[1]), 32, 3)[0]\n"
         "assert (image == 200).all()\n"
-        "print(getrusage(RUSAGE_SELF).ru_maxrss - before)"
+        "print(peak_memory() - before)"
     )
     out = subprocess.run(
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
     )
-    assert int(out.stdout) < 100_000  # kilobytes
+    assert int(out.stdout) < 10**8
 
 
 def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path):
@@ -321,7 +318,6 @@ def test_a_killed_worker_is_named_between_two_batches(folder):
 
 
 def test_too_few_open_files_are_one_line(folder):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
         "import torch; from pipeline.data import open_dataset\n"
@@ -338,7 +334,6 @@ def test_too_few_open_files_are_one_line(folder):
         timeout=60,
     )
     assert out.stdout.startswith("data.workers: 2 need 96 open files, but the limit is 60"), out
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
 
 
 HANGING = """
