@@ -226,7 +226,8 @@ def stand_in(path):
     steps = re.search(r"student-(\d+)", path.name)
     name = "mnist-by-class-teacher" if "conditional" in str(path) else "mnist-teacher"
     if steps is not None:
-        name = f"mnist-tract-{steps[1]}-step{'s' * (steps[1] != '1')}"
+        kind = "mnist-tract" if "tract" in str(path) else "mnist"
+        name = f"{kind}-{steps[1]}-step{'s' * (steps[1] != '1')}"
     return ROOT / "pretrained" / f"{name}.safetensors"
 
 
