@@ -442,7 +442,7 @@ def test_a_stroke_with_keys_and_with_a_finger(page):
     assert set(np.unique(by_keys[:, :120])) == {0}, "and none on its way"
     assert (by_keys > 200).mean() > 0.02
     find(page, "#stroke .clear").click()
-    press(page, pen, Keys.SPACE)
+    press(page, pen, *[Keys.ARROW_UP] * 32, Keys.SPACE)  # from the edge, wherever it was
     held = "{key: ' ', repeat: true, cancelable: true}"
     back = "{key: 'ArrowLeft', altKey: true, cancelable: true}"
     for event, taken in ((held, True), (back, False)):

@@ -43,10 +43,8 @@ def run(script, *arguments):
     return script.main([str(a) for a in arguments])
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def trained(folder):
     """A trained base model and its two-stage ladder, made through the command line."""
-    folder = tmp_path_factory.mktemp("workshop")
     config = write_config(folder)
     base, ladder = folder / "base", folder / "ladder"
     assert run(train, "--config_path", config, "--output", base) == 0
@@ -54,6 +52,11 @@ def workshop(tmp_path_factory):
     common = ("--config_path", config, "--teacher_model_checkpoint", teacher)
     assert run(distill, *common, "--output", ladder) == 0
     return {"config": config, "base": base, "ladder": ladder, "teacher": teacher}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("workshop"))
 
 
 def refused(capsys, script, *arguments):

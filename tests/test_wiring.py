@@ -23,7 +23,7 @@ from pipeline.build import load_denoiser
 from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
 from pipeline.config import load_config, make_config
 from pipeline.sampling import SampleRequest
-from tests.test_scripts import run, write_config
+from tests.test_scripts import run, trained, write_config
 from tests.toys import tiny
 from tools import race
 from training.ladder import distillation_config
@@ -37,14 +37,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A base model and its ladder of 4 and 2 steps, by the names of their files."""
-    folder = tmp_path_factory.mktemp("made")
-    config = write_config(folder)
-    assert run(train, "--config_path", config, "--output", folder / "base") == 0
-    teacher = folder / "base" / "diffusion-4.pt"
-    assert run(distill, "--teacher_model_checkpoint", teacher, "--output", folder / "ladder") == 0
-    students = {n: folder / "ladder" / f"student-{n}.pt" for n in (4, 2)}
-    return {"config": config, "teacher": teacher, "ladder": folder / "ladder", **students}
+    """A base model and its ladder; the students also by their steps."""
+    files = trained(tmp_path_factory.mktemp("made"))
+    return files | {n: files["ladder"] / f"student-{n}.pt" for n in (4, 2)}
 
 
 # --- values of a config -------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def halve(model: Any, smallest: int = 256) -> None:
             continue
         name = tensor.name
         if np.abs(values).max() > np.finfo(np.float16).max:
-            raise InputError(f"{name}: too large for float16; export it with --precision fp32")
+            raise InputError(f"{name}: too large for float16; take float32")
         half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
         graph.initializer.remove(tensor)
         graph.initializer.append(half)

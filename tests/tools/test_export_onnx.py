@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,6 +164,13 @@ def test_other_files_are_refused_in_one_line(files, tmp_path):
         with pytest.raises(InputError, match=reason) as error:
             read_onnx(path)
         assert "\n" not in str(error.value)
+
+
+def test_weights_too_large_for_half_precision_are_refused():
+    large = onnx.numpy_helper.from_array(np.full(256, 7e4, np.float32), "large")
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [large]))
+    with pytest.raises(InputError, match="large: too large for float16"):
+        onnx_file.halve(model)
 
 
 def test_what_cannot_be_exported_is_refused(files, tmp_path, capsys):
