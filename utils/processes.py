@@ -4,6 +4,7 @@ Without torchrun there is one process, and everything here is free.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class World:
         """Returns the network with its gradients averaged over all processes."""
         if self.size == 1:
             return network
+        # Compiled 1x1 convolutions: strides of their dimensions of size 1, which are never used.
+        warnings.filterwarnings("ignore", r"(?s)Grad strides do not match.*\[\d+, \d+, 1, 1\]")
         ids = None if self.device.type == "cpu" else [self.device.index]
         return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
