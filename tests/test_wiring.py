@@ -23,7 +23,8 @@ from pipeline.build import load_denoiser
 from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
 from pipeline.config import load_config, make_config
 from pipeline.sampling import SampleRequest
-from tests.test_scripts import run, trained, write_config
+from tests.commands import run, write_config
+from tests.test_scripts import trained
 from tests.toys import tiny
 from tools import race
 from training.ladder import distillation_config
