@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.curves import Curves, draw_curves
-from utils.command import path_name, run_script, say
+from utils.command import InputError, path_name, run_script, say
 from utils.images import save_figure
 
 HEADING = "## Every method in one table"
@@ -36,6 +36,8 @@ def draw(arguments: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     panels = panels_of(arguments.table.read_text())
+    if not panels:
+        raise InputError(f'{arguments.table}: no table of methods under "{HEADING}"')
     figure = Figure(figsize=(14, 8), layout="constrained")
     several = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, curves, floor) in zip(several, panels, strict=True):

@@ -9,7 +9,7 @@ import sample
 import train
 from pipeline.build import load_denoiser
 from pipeline.checkpoint import load_checkpoint
-from tests.test_scripts import refused, run, write_config
+from tests.commands import refused, run, write_config
 
 CPU = torch.device("cpu")
 

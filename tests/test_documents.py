@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import survey
+from tests.commands import refused
 from tests.test_structure import ROOMS
 
 ROOT = Path(__file__).parents[1]
@@ -108,3 +109,8 @@ def test_the_picture_of_all_methods_shows_the_table(tmp_path):
     assert survey.main(["--table", str(ROOT / "docs/methods.md"), "--output", str(file)]) == 0
     with Image.open(file) as picture:
         assert picture.size == Image.open(ROOT / "docs/survey.png").size
+
+
+def test_without_a_table_of_all_methods_there_is_no_picture(tmp_path, capsys):
+    table = ("--table", ROOT / "README.md", "--output", tmp_path / "survey.png")
+    assert "no table of methods" in refused(capsys, survey, *table)

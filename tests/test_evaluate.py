@@ -34,16 +34,13 @@ from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_che
 from pipeline.config import make_config
 from pipeline.data import read_mnist
 from pipeline.sampling import SampleRequest
+from tests.commands import run
 from tests.toys import tiny
 from tools import publish
 from utils.command import InputError
 from utils.processes import World
 
 CPU = torch.device("cpu")
-
-
-def run(script, *arguments):
-    return script.main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module", autouse=True)

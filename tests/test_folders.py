@@ -22,16 +22,13 @@ from evaluation.quality import Quality
 from evaluation.results import Results, Row, read_results
 from evaluation.tables import markdown, summary, write_results
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from tests.commands import refused, run
 from tests.toys import tiny
 from tools import publish
 from training.folder import kept_to_itself
 from utils.command import InputError
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(script, *arguments):
-    return script.main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +43,6 @@ def workshop(tmp_path_factory):
     teacher = base / "diffusion-1.pt"
     assert run(distill, "--teacher_model_checkpoint", teacher, "--output", ladder) == 0
     return {"config": config, "base": base, "ladder": ladder, "teacher": teacher}
-
-
-def refused(capsys, script, *arguments):
-    """The one line that the script says, with exit code 2."""
-    capsys.readouterr()
-    assert run(script, *arguments) == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " not in line]
-    assert said.startswith("error: ")
-    return said
 
 
 def contents(folder):

@@ -40,9 +40,9 @@ from pipeline.checkpoint import (
     publish_checkpoint,
     save_checkpoint,
 )
+from tests.commands import refused, run
 from tests.pipeline.test_checkpoint import GRID, checkpoint, entries_of, save_entries
 from tests.processes import peak_memory, reset_peak_memory
-from tests.test_scripts import refused, run
 from tests.toys import tiny
 from training.resume import newest_whole, numbered
 from training.stage import Stage

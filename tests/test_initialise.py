@@ -10,7 +10,7 @@ from PIL import Image
 import distill
 import train
 from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint, save_checkpoint
-from tests.test_scripts import refused, run, write_config
+from tests.commands import refused, run, write_config
 from training.resume import numbered
 
 STILL = ("--set", "training.learning_rate=1e-30", "training.warmup=0")  # weights stay as they are

@@ -18,9 +18,9 @@ from evaluation.gallery import RealImages, real_images
 from pipeline.checkpoint import digest, load_checkpoint
 from pipeline.codec import open_codec
 from pipeline.data import open_dataset
+from tests.commands import run
 from tests.processes import run_together
 from tests.test_methods import Killed, Steps, refused
-from tests.test_methods import main as run
 from tests.toys import tiny
 from tools import export_diffusers, train_autoencoder
 from training.ladder import distillation_config

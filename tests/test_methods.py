@@ -27,6 +27,7 @@ from pipeline.config import load_config
 from pipeline.data import open_dataset
 from pipeline.network import build_network, build_schedule, load_weights
 from pipeline.sampling import SampleRequest
+from tests.commands import refused, run
 from tests.processes import require_same_metrics, require_same_training, run_together
 from tests.toys import tiny
 from training.stage import student_stages
@@ -86,10 +87,6 @@ LADDERS = {
 }
 
 
-def main(script, *arguments):
-    return script.main([str(a) for a in arguments])
-
-
 def write_config(path, name="progressive", **distillation):
     """A config of this ladder, with the classes of a guided one."""
     values = tiny(sampling={"steps": 8, "grid": 2})
@@ -101,15 +98,6 @@ def write_config(path, name="progressive", **distillation):
         values["training"] |= {"label_dropout": 0.1}
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def refused(capsys, script, *arguments):
-    """The one line that the script says, with exit code 2."""
-    capsys.readouterr()
-    assert main(script, *arguments) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert [line for line in said if line.startswith("error: ")] == said[-1:]
-    return said[-1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,7 +118,7 @@ def teachers(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("teachers"), {}
     for name in ("progressive", "guided", "dit"):
         config = write_config(folder / f"{name}.yaml", name)
-        assert main(train, "--config_path", config, "--output", folder / name) == 0
+        assert run(train, "--config_path", config, "--output", folder / name) == 0
         found[name] = folder / name / "diffusion-4.pt"
     return found
 
@@ -178,10 +166,10 @@ def run_ladder(folder, name, teachers, monkeypatch, kill_at=None):
     with monkeypatch.context() as patch:
         steps = Steps(patch, kill_at)
         if kill_at is None:
-            assert main(distill, *command, "--output", folder / "ladder") == 0
+            assert run(distill, *command, "--output", folder / "ladder") == 0
         else:
             with pytest.raises(Killed):
-                main(distill, *command, "--output", folder / "ladder")
+                run(distill, *command, "--output", folder / "ladder")
     return steps
 
 
@@ -284,7 +272,7 @@ def test_samples_are_drawn_on_the_students_own_grid(name, ladders, tmp_path, cal
     wanted = [(pytest.approx(level, abs=1e-5), 3) for level in student.grid[:-1]]
     draw = ("--checkpoint", path, "--count", 3, "--output")
     calls.clear()  # the ladder may have been made just now
-    assert main(sample, *draw, tmp_path / "plain.npz") == 0
+    assert run(sample, *draw, tmp_path / "plain.npz") == 0
     assert calls == wanted
     calls.clear()
     (job,) = plan_jobs({path: student}, ["ancestral"], None, 20, None)
@@ -296,7 +284,7 @@ def test_samples_are_drawn_on_the_students_own_grid(name, ladders, tmp_path, cal
     assert calls == wanted
     if name.startswith("guided"):
         calls.clear()
-        assert main(sample, *draw, tmp_path / "guided.npz", "--guidance", 2) == 0
+        assert run(sample, *draw, tmp_path / "guided.npz", "--guidance", 2) == 0
         assert calls == wanted
 
 
@@ -319,7 +307,7 @@ def test_samples_are_measured_at_each_guidance_weight(
     command = ("--checkpoint", *files, "--steps", 8, "--count", 20, "--batch_size", 20)
     command += ("--guidance", 0, 2, "--output", tmp_path)
     calls.clear()
-    assert main(evaluate, *command) == 0
+    assert run(evaluate, *command) == 0
     asked = sum(images for _, images in calls)
     drawn = 125 if asked % 125 == 0 else 20
     assert asked == drawn * (8 + 16 + 2 * 8 + 2 * 4)
@@ -334,7 +322,7 @@ def test_samples_are_measured_at_each_guidance_weight(
         assert (row["to_base"] is None) == (name == "diffusion-4"), weight
     assert "guidance" in (tmp_path / "results.md").read_text()
     calls.clear()
-    assert main(evaluate, *command) == 0
+    assert run(evaluate, *command) == 0
     assert not calls, "nothing is drawn again"
 
 
@@ -417,7 +405,7 @@ def test_a_fresh_guided_student_draws_its_teachers_images_at_weight_0(teachers, 
 
 def printed(capsys, *arguments):
     capsys.readouterr()
-    assert main(distill, *arguments, "--print_config") == 0
+    assert run(distill, *arguments, "--print_config") == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
@@ -457,7 +445,7 @@ def test_a_printed_config_is_the_same_config(name, teachers, tmp_path, capsys):
 def test_a_student_can_be_distilled_on_other_data_than_its_teachers(ladders, teachers, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", data="inverted_mnist")
     command = ("--config_path", config, "--teacher_model_checkpoint", teachers["progressive"])
-    assert main(distill, *command, "--output", tmp_path / "ladder") == 0
+    assert run(distill, *command, "--output", tmp_path / "ladder") == 0
     other = load_checkpoint(tmp_path / "ladder" / "student-4.pt")
     assert other.config.data.name == "mnist", "it is a model of its teacher's data all the same"
     own = load_checkpoint(ladders("progressive")[0] / "student-4.pt")
@@ -573,13 +561,13 @@ def test_a_teacher_never_shown_images_without_their_class_cannot_be_guided(tmp_p
     config = write_config(tmp_path / "tiny.yaml", "guided")
     out = ("--output", tmp_path / "base")
     never = ("--set", "training.label_dropout=0.0", "training.updates=1")
-    assert main(train, "--config_path", config, *out, *never) == 0
+    assert run(train, "--config_path", config, *out, *never) == 0
     base = tmp_path / "base" / "diffusion-1.pt"
     command = ("--config_path", config, "--teacher_model_checkpoint", base)
     line = refused(capsys, distill, *command, "--output", tmp_path / "ladder")
     assert "training.label_dropout" in line
     drawn = ("--count", 1, "--output", tmp_path / "x.npz", "--steps", 1)
-    assert main(sample, "--checkpoint", base, "--guidance", 2, *drawn) == 0
+    assert run(sample, "--checkpoint", base, "--guidance", 2, *drawn) == 0
     assert (
         "warning: this model was never shown images without their class" in capsys.readouterr().err
     )
@@ -589,7 +577,7 @@ def test_a_weight_that_a_student_was_not_distilled_for_is_warned_of(ladders, tmp
     folder, _ = ladders("guided")
     for weight in (4, 9):
         drawn = ("--count", 1, "--output", tmp_path / "x.npz", "--guidance", weight)
-        assert main(sample, "--checkpoint", folder / "student-8.pt", *drawn) == 0
+        assert run(sample, "--checkpoint", folder / "student-8.pt", *drawn) == 0
         warned = "--guidance 9: this student was distilled for 0.0 to 4.0"
         assert (warned in capsys.readouterr().err) == (weight == 9)
 
@@ -606,7 +594,7 @@ def test_a_student_that_takes_no_weight_cannot_be_guided(teachers, tmp_path, cap
     config = write_config(tmp_path / "tiny.yaml", "guided", ladder=[4, 2], guidance=None)
     command = ("--config_path", config, "--teacher_model_checkpoint", teachers["guided"])
     few = ("--set", "distillation.updates_per_stage=1")
-    assert main(distill, *command, "--output", tmp_path / "ladder", *few) == 0
+    assert run(distill, *command, "--output", tmp_path / "ladder", *few) == 0
     student = tmp_path / "ladder" / "student-2.pt"
     draw = ("--checkpoint", student, "--guidance", 2)
     line = refused(capsys, sample, *draw, "--output", tmp_path / "grid.png")
@@ -632,9 +620,9 @@ def test_a_ladder_is_drawn_without_a_warning_of_steps_and_weights(
     config = write_config(tmp_path / "tiny.yaml", ladder=[4, 2])
     command = ("--config_path", config, "--teacher_model_checkpoint")
     capsys.readouterr()
-    assert main(distill, *command, folder / "student-4.pt", "--output", tmp_path / "one") == 0
+    assert run(distill, *command, folder / "student-4.pt", "--output", tmp_path / "one") == 0
     config = write_config(tmp_path / "tiny.yaml", "guided", ladder=[4, 2], guidance=[1.0, 4.0])
-    assert main(distill, *command, teachers["guided"], "--output", tmp_path / "two") == 0
+    assert run(distill, *command, teachers["guided"], "--output", tmp_path / "two") == 0
     out, err = capsys.readouterr()
     assert "warning" not in err
     assert "(2 images, not clipped, guidance 1)" in out

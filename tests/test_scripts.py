@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import distill
@@ -27,20 +26,10 @@ from pipeline.build import build_network
 from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
 from pipeline.config import make_config, override
 from pipeline.engine import asked_engine, sampling_engine
-from tests.toys import tiny
+from tests.commands import refused, run, write_config
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-
-
-def write_config(folder, **sections):
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny(**sections)))
-    return path
-
-
-def run(script, *arguments):
-    return script.main([str(a) for a in arguments])
 
 
 def trained(folder):
@@ -57,17 +46,6 @@ def trained(folder):
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("workshop"))
-
-
-def refused(capsys, script, *arguments):
-    """The one line that the script says, with exit code 2."""
-    capsys.readouterr()
-    assert run(script, *arguments) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in said if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert errors[0] == said[-1]
-    return errors[0]
 
 
 # --- the main job ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -23,9 +24,10 @@ from pipeline.build import load_denoiser
 from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
 from pipeline.config import load_config, make_config
 from pipeline.sampling import SampleRequest
-from tests.test_scripts import run, trained, write_config
+from tests.commands import refused, run, write_config
+from tests.test_scripts import trained
 from tests.toys import tiny
-from tools import race
+from tools import publish, race, train_autoencoder
 from training.ladder import distillation_config
 from training.metrics import read_metrics
 from training.stage import base_stage, student_stages
@@ -67,6 +69,16 @@ def test_a_run_keeps_as_many_checkpoints_as_asked(tmp_path):
     assert run(train, "--config_path", config, "--output", tmp_path / "out") == 0
     left = sorted(path.stem for path in (tmp_path / "out").glob("*.pt"))
     assert left == ["diffusion-2", "diffusion-4", "diffusion-5"]
+
+
+def test_a_run_goes_on_with_other_places_and_files_but_learns_the_same(made, tmp_path, capsys):
+    shutil.copytree(made["base"], tmp_path / "base")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    given = ("--config_path", made["config"], "--output", tmp_path / "base", "--set")
+    free = [f"data.root={tmp_path / 'data'}", "data.workers=1", "training.checkpoint_every=3"]
+    free += ["training.keep_checkpoints=2", "training.milestone_every=2"]
+    assert run(train, *given, *free) == 0
+    assert "training.warmup" in refused(capsys, train, *given, "training.warmup=9")
 
 
 def test_another_seed_is_another_training(made, tmp_path):
@@ -142,6 +154,23 @@ def test_data_without_a_classifier_are_measured_by_inception(made, tmp_path, mon
         with pytest.raises(ZeroDivisionError):
             run(evaluate, "--checkpoint", path, "--output", tmp_path / "out")
     assert asked == ["digits", "inception"]
+
+
+def test_weights_are_published_in_full_unless_half_is_asked_for(made, tmp_path):
+    stored = load_checkpoint(made[4])
+    for half in ([], ["--half"]):
+        given = ("--checkpoint", made[4], "--name", "a", "--output", tmp_path, *half)
+        assert run(publish, *given) == 0
+        published = load_checkpoint(tmp_path / "a-4-steps.safetensors")
+        assert (digest(published.weights) == digest(stored.weights)) == (not half)
+
+
+def test_a_printed_config_trains_no_autoencoder(made, tmp_path, capsys):
+    given = ("--config_path", made["config"], "--output", tmp_path / "out", "--print_config")
+    capsys.readouterr()
+    assert run(train_autoencoder, *given) == 0
+    assert make_config(yaml.safe_load(capsys.readouterr().out), "x") == load_config(made["config"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_race_is_run_by_published_models():

@@ -16,7 +16,7 @@ from pipeline.build import build_network
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from pipeline.config import make_config
 from pipeline.network import build_schedule
-from tests.test_scripts import refused, run, write_config
+from tests.commands import refused, run, write_config
 from tests.toys import tiny
 from training.ladder import reference_steps
 from utils.command import InputError

@@ -18,7 +18,7 @@ from diffusion.samplers import ddim
 from pipeline.build import build_dataset, build_network, load_denoiser
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from pipeline.config import make_config
-from tests.test_scripts import refused, run
+from tests.commands import refused, run
 from tests.tools import test_export_diffusers as exporting
 from tools import export_diffusers, export_onnx, import_diffusers
 from tools.onnx_file import read_onnx

@@ -18,7 +18,7 @@ import distill
 import train
 from pipeline.config import make_config
 from pipeline.data import MemoryDataset, open_dataset
-from tests.test_scripts import run, write_config
+from tests.commands import run, write_config
 from tests.toys import tiny
 from training.metrics import read_metrics
 from training.stage import base_stage
