@@ -1,6 +1,5 @@
 """The documents: their links lead somewhere, and their figures are those that were measured."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import survey
+from evaluation.frechet import compare_distances
+from evaluation.results import read_results
+from evaluation.tables import markdown, summary
 from tests.commands import refused
 from tests.test_structure import ROOMS
 
@@ -57,16 +59,58 @@ def test_every_source_that_is_cited_is_listed_and_every_listed_one_is_cited():
 
 
 def measured(name, sampler, steps, count):
-    """Distance, interval and recall in docs/mnist/results.json, as a table shows them."""
-    rows = json.loads((ROOT / "docs/mnist/results.json").read_text())["rows"]
+    """A row of docs/mnist/results.json."""
     wanted = (name, sampler, steps, count)
-    (quality,) = (
-        row["quality"]
-        for row in rows
-        if (row["name"], row["sampler"], row["steps"], row["quality"]["count"]) == wanted
-    )
-    distance, interval = quality["frechet"], quality["frechet_interval"]
-    return f"{distance:.3f} ± {interval:.3f}", f"{quality['recall']:.3f}"
+    rows = read_results(ROOT / "docs/mnist/results.json").rows
+    (row,) = (r for r in rows if (r.name, r.sampler, r.steps, r.quality.count) == wanted)
+    return row
+
+
+def student(kind, steps, count):
+    return measured(f"{kind}-{steps}-step{'s' if steps > 1 else ''}", "ddim", steps, count)
+
+
+def shown(row):
+    """Its distance, as tables show it."""
+    return f"{row.quality.frechet:.3f} ± {row.quality.frechet_interval:.3f}"
+
+
+def test_readme_and_results_show_what_was_measured():
+    results = read_results(ROOT / "docs/mnist/results.json")
+    assert summary(results) in (ROOT / "README.md").read_text()
+    written = (ROOT / "docs/mnist/results.md").read_text()
+    assert written.startswith(f"{summary(results)}\n\n{markdown(results)}\n")
+
+
+def test_the_students_are_as_good_as_the_documents_say():
+    """Their distances over the teacher's, in README and, with intervals, in students.md."""
+    tables = {}
+    for path, before in (("README.md", "10,000 images each"), ("docs/students.md", "## With 10,0")):
+        text = (ROOT / path).read_text().partition(before)[2]
+        tables[path] = re.findall(r"(?m)^\| ([8421]) \| (.+?) \|(.*)", text)[:4]
+        assert len(tables[path]) == 4
+    base = measured("mnist-teacher", "ddim", 64, 10_000).quality
+    for short, full in zip(tables["README.md"], tables["docs/students.md"], strict=True):
+        assert short[0] == full[0]
+        of_readme, of_students = ([row[1], *row[2].split(" | ")] for row in (short, full))
+        for kind, a, b in zip(("", "-tract", "-adversarial"), of_readme, of_students, strict=False):
+            quality = student(f"mnist{kind}", int(full[0]), 10_000).quality
+            distances = (quality.frechet, quality.without, base.frechet, base.without)
+            ratio = compare_distances(*distances).ratio
+            assert a.strip(" |") == f"{ratio.value:.2f}", (short, kind)
+            assert b.strip(" |") == f"{ratio.value:.2f} ± {ratio.half:.2f}", (full, kind)
+
+
+def test_the_model_card_shows_what_was_measured():
+    text = (ROOT / "pretrained/README.md").read_text()
+    count = int(re.findall(r"distances of ([\d,]+) samples", text)[0].replace(",", ""))
+    rows = re.findall(r"(?m)^\| `(.+?)` \| (\d+) \|(.+)\|$", text.partition("| precision |")[2])
+    assert len(rows) == 15
+    for name, steps, values in rows:
+        row = measured(name, "ddim", int(steps), count)
+        near = "" if row.to_base is None else f"{row.to_base:.4f}"
+        quality = (f"{row.quality.precision:.3f}", f"{row.quality.recall:.3f}", f"{row.faint:.3f}")
+        assert [cell.strip() for cell in values.split("|")] == [shown(row), *quality, near], name
 
 
 def test_the_table_of_methods_shows_what_was_measured():
@@ -80,18 +124,16 @@ def test_the_table_of_methods_shows_what_was_measured():
         if "12 minutes" in method:
             count = 0  # those are of make methods
         if method == "real images":
-            found = measured("real images", "", None, count)
+            row = measured("real images", "", None, count)
         elif method in SAMPLERS:
-            found = measured("mnist-teacher", SAMPLERS[method], int(steps), count)
+            row = measured("mnist-teacher", SAMPLERS[method], int(steps), count)
         elif method == "teacher, DDIM":
-            found = measured("mnist-teacher", "ddim", int(steps), count)
+            row = measured("mnist-teacher", "ddim", int(steps), count)
         elif method.startswith("`mnist"):
-            kind = re.findall("`(.+)`", method)[0]
-            name = f"{kind}-{steps}-step{'s' if steps != '1' else ''}"
-            found = measured(name, "ddim", int(steps), count)
+            row = student(re.findall("`(.+)`", method)[0], int(steps), count)
         else:
             continue
-        assert (distance, recall) == found, line
+        assert (distance, recall) == (shown(row), f"{row.quality.recall:.3f}"), line
         checked += 1
     assert checked == 25
 
