@@ -171,13 +171,6 @@ COMPARED = """[...document.querySelectorAll("#compare figcaption span")]
     .every((e) => e.textContent.endsWith(" ms"))"""
 
 
-def open_page(driver, site, name="plain"):
-    driver.get(site.page(name))
-    until(driver, "window.demo")
-    driver.execute_async_script("demo.loaded.then(arguments[0])")
-    return driver
-
-
 LISTEN = """
 window.said = [];
 new MutationObserver(() => {
