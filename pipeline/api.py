@@ -59,8 +59,8 @@ class Sampler:
                 guidance=guidance,
                 batch_size=batch_size,
             )
-        except InputError as error:  # worded for a command line
-            raise InputError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error))) from None
+        except InputError as error:
+            raise _without_dashes(error) from None
         return replace(request, shown=False).draw_all(count)
 
 
@@ -73,12 +73,21 @@ def load_sampler(
     GPU if there is one, else the CPU. Raises InputError for a file that is no checkpoint.
     """
     path = Path(checkpoint)
-    loaded, world = load_checkpoint(path), World(choose_device(device))
+    loaded = load_checkpoint(path)
+    try:
+        world = World(choose_device(device))
+    except InputError as error:
+        raise _without_dashes(error) from None
     if steps is not None and steps < 1:
         raise InputError(f"steps: {steps}; take at least 1")
     warn_of_other_use(loaded, steps, None)
     engine = sampling_engine(loaded.config.engine, world.device)
     return Sampler(loaded, frozen_denoiser(loaded, path, world.device, engine), world, steps)
+
+
+def _without_dashes(error: InputError) -> InputError:
+    """The error with an argument's name where it names an option of the command line."""
+    return InputError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error)))
 
 
 def load_published(

@@ -48,8 +48,9 @@ class Config(Section):
     def _sections_fit(self) -> "Config":
         if wrong := self.codec.misfit(self.data.image_size):
             raise ValueError(wrong)
-        if self.sampling.clip and self.codec.name != "pixels":
-            raise ValueError(f"sampling.clip: true, but {NOT_CLIPPED} (false)")
+        for section in ("sampling", "diffusion"):
+            if getattr(self, section).clip and self.codec.name != "pixels":
+                raise ValueError(f"{section}.clip: true, but {NOT_CLIPPED} (false)")
         if self.diffusion.clip and not self.sampling.clip:
             raise ValueError("sampling.clip: false, but diffusion.clip: true clips everywhere")
         student = self.distillation.student

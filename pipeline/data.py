@@ -155,14 +155,17 @@ def _torchvision(class_name: str, folder: str) -> Callable[[Path], tuple[Tensor,
 # --- by name ------------------------------------------------------------------------------------
 
 InMemory = Callable[[Path], tuple[Tensor, Tensor, int]]
+DOWNLOADED: dict[str, InMemory] = {
+    "fashion_mnist": _torchvision("FashionMNIST", "fashion_mnist"),
+    "kmnist": _torchvision("KMNIST", "kmnist"),
+    "cifar10": _torchvision("CIFAR10", "cifar10"),
+}
 DATASETS: dict[str, InMemory | type[ImageFolder]] = {
     "mnist": mnist,
     "colored_mnist": colored_mnist,
     "inverted_mnist": inverted_mnist,
-    "fashion_mnist": _torchvision("FashionMNIST", "fashion_mnist"),
-    "kmnist": _torchvision("KMNIST", "kmnist"),
-    "cifar10": _torchvision("CIFAR10", "cifar10"),
     "image_folder": ImageFolder,
+    **DOWNLOADED,
 }
 
 

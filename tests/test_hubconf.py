@@ -214,3 +214,5 @@ def test_files_and_steps_that_are_none(tmp_path):
         load_sampler(tmp_path / "none.pt")
     with pytest.raises(InputError, match="steps: 0; take at least 1"):
         load_sampler(TEACHER, steps=0)
+    with pytest.raises(InputError, match=r"^device meta: not a device of this machine"):
+        load_sampler(TEACHER, device="meta")

@@ -13,6 +13,7 @@ from pipeline.config import (
     differences,
     make_config,
 )
+from pipeline.data import DOWNLOADED
 from pipeline.values import TABLE
 from training.resume import FREE_KEYS
 from utils.command import InputError, warn
@@ -240,16 +241,12 @@ def _require_steps(teacher: Checkpoint, path: Path, ladder: DistillationConfig) 
     )
 
 
-# Data sets that nothing is downloaded of.
-READ_ONLY = ("mnist", "colored_mnist", "inverted_mnist", "image_folder")
-
-
 def require_no_download(data: DataConfig, where: Path, option: str) -> None:
     """Raises InputError if data may be downloaded into a folder that only a checkpoint names.
 
     option: by which the user names it.
     """
-    if data.name not in READ_ONLY and data.root != DataConfig().root:
+    if data.name in DOWNLOADED and data.root != DataConfig().root:
         raise InputError(
             f"{where}: data.root: {data.root!r} is the checkpoint's, and {data.name} may be "
             f"downloaded into it; name the folder yourself ({option})"

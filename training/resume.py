@@ -3,11 +3,12 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.checkpoint import Checkpoint, State, digest, load_checkpoint
 from pipeline.config import PER_STAGE, differences
-from training.stage import Stage, student_stages
+from training.stage import Stage
 from utils.command import DamagedCheckpoint, InputError, warn
 from utils.processes import World
 
@@ -145,13 +146,12 @@ def require_same_stage(path: Path, stored: Checkpoint, start: Checkpoint, stage:
             free.add("training.updates")
         sections.append("training")
     else:
-        jump = (stage.teacher_steps, stage.num_steps)
-        stages = student_stages(stored.config)
-        before = [s for s in stages if (s.teacher_steps, s.num_steps) == jump]
-        if before:  # other students than this one may differ
+        old, new = stored.config.distillation, start.config.distillation
+        if (stage.teacher_steps, stage.num_steps) in list(pairwise(old.steps())):
+            # other students than this one may differ
             free |= {f"distillation.{key}" for key in ("first_steps", "iterations", "ladder")}
-        if any(all(s.own(key) == stage.own(key) for key in PER_STAGE) for s in before):
-            free |= {f"distillation.{key}" for key in PER_STAGE}
+            if old.of_student(stage.num_steps) == new.of_student(stage.num_steps):
+                free |= {f"distillation.{key}" for key in PER_STAGE}
         sections.append("distillation")
     keys = [k for k in differences(stored.config, start.config, sections) if k not in free]
     if keys:

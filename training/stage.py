@@ -38,24 +38,13 @@ class Stage:
     # of students
     num_steps: int | None = None
     teacher_steps: int | None = None
-    method_name: str = "progressive"
+    method: Method = METHODS["progressive"]
     grid: GridChoice = "uniform"
     time_exponent: float = 1.0
     losses: dict[str, float] = field(default_factory=dict)
     guidance: tuple[float, float] | None = None
     walker_decay: float | None = None
     pull: float = 0.0
-
-    @property
-    def method(self) -> Method:
-        """The student's method."""
-        return METHODS[self.method_name]
-
-    def own(self, key: str) -> Any:
-        """The value of a key of DistillationConfig that may differ from stage to stage."""
-        return getattr(
-            self, {"method": "method_name", "updates_per_stage": "updates"}.get(key, key)
-        )
 
     def saves_at(self, update: int) -> bool:
         """Whether a checkpoint is due after this many updates."""
@@ -108,7 +97,7 @@ def student_stages(config: Config, first_number: int = 1) -> tuple[Stage, ...]:
                 ema_decay=ladder.ema_decay,
                 num_steps=num_steps,
                 teacher_steps=teacher_steps,
-                method_name=own["method"],
+                method=method,
                 grid=ladder.grid,
                 time_exponent=own["time_exponent"],
                 losses=ladder.loss_weights(),

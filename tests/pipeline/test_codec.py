@@ -142,6 +142,7 @@ def test_a_config_is_completed_from_the_file_and_stays_what_it_is(file):
         ({"codec": {"name": "autoencoder", "file": "x", "fil": 1}}, "did you mean file?"),
         ({"codec": 3}, "codec: not a section"),
         ({"sampling": {"clip": True}}, "sampling.clip: true, but latents have no fixed range"),
+        ({"diffusion": {"clip": True}}, "diffusion.clip: true, but latents have no fixed range"),
         ({"data": {"image_size": 30}}, "data.image_size: 30 is not divisible by the downsampling"),
         ({"data": {"channels": 3}}, "data.channels: 3, but the autoencoder in"),
         ({"model": {"attention_resolutions": [16]}}, "latents are images of 8x8 to the network"),
