@@ -132,7 +132,7 @@ MEASURED = $(call PUBLISHED,teacher) $(wildcard pretrained/mnist-[1248]-step*.sa
 	pretrained/mnist-half-width-*.safetensors)
 evaluate: $(VENV)/.installed-dev
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 10000
-	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 --count 5000
+	$(EVALUATE) --checkpoint $(MEASURED) --steps 64 128 --count 5000
 	$(EVALUATE) --checkpoint $(MEASURED) --steps 1 2 4 8 16 32 50 64 100 128 --count 2000
 	$(EVALUATE) --checkpoint $(call PUBLISHED,teacher) --sampler dpm_solver++ \
 		--steps 1 2 4 8 10 16 20 32 --count 2000
