@@ -23,8 +23,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion.grids import Grid, uniform_grid
-from pipeline.checkpoint_checks import State as State
 from pipeline.checkpoint_checks import (
+    State,
     as_grid,
     as_name,
     as_scaler,

@@ -17,12 +17,14 @@ from pipeline.codec_sections import (
     CodecSection,
     PixelsSection,
 )
-from pipeline.sections import PER_STAGE as PER_STAGE
-from pipeline.sections import DataConfig as DataConfig
-from pipeline.sections import DiffusionConfig, EngineConfig, SamplingConfig, TrainingConfig
-from pipeline.sections import DistillationConfig as DistillationConfig
-from pipeline.sections import Recipe as Recipe
-from pipeline.values import GridChoice as GridChoice
+from pipeline.sections import (
+    DataConfig,
+    DiffusionConfig,
+    DistillationConfig,
+    EngineConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from pipeline.values import PathName
 from utils.command import InputError
 from utils.strict_yaml import override, read_yaml

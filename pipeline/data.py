@@ -164,8 +164,8 @@ DATASETS: dict[str, InMemory | type[ImageFolder]] = {
     "mnist": mnist,
     "colored_mnist": colored_mnist,
     "inverted_mnist": inverted_mnist,
-    "image_folder": ImageFolder,
     **DOWNLOADED,
+    "image_folder": ImageFolder,
 }
 
 

@@ -5,15 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import (
-    PER_STAGE,
-    Config,
-    DataConfig,
-    DistillationConfig,
-    differences,
-    make_config,
-)
+from pipeline.config import Config, differences, make_config
 from pipeline.data import DOWNLOADED
+from pipeline.sections import PER_STAGE, DataConfig, DistillationConfig
 from pipeline.values import TABLE
 from training.resume import FREE_KEYS
 from utils.command import InputError, warn

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pipeline.checkpoint import Checkpoint, State, digest, load_checkpoint
-from pipeline.config import PER_STAGE, differences
+from pipeline.checkpoint import Checkpoint, digest, load_checkpoint
+from pipeline.checkpoint_checks import State
+from pipeline.config import differences
+from pipeline.sections import PER_STAGE
 from training.stage import Stage
 from utils.command import DamagedCheckpoint, InputError, warn
 from utils.processes import World

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusion.distillation import METHODS, Method
-from pipeline.config import Config, GridChoice, Recipe
+from pipeline.config import Config
+from pipeline.sections import Recipe
+from pipeline.values import GridChoice
 
 
 @dataclass(frozen=True)

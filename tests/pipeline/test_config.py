@@ -16,12 +16,12 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import (
     SECTIONS,
     Config,
-    DistillationConfig,
     differences,
     load_config,
     make_config,
     override,
 )
+from pipeline.sections import DistillationConfig
 from utils.command import InputError
 from utils.strict_yaml import parse_yaml, read_yaml, write_yaml
 
