@@ -16,7 +16,7 @@ from benchmarks.steps import times_of
 from diffusion.gaussian import Prediction, clipped, diffuse
 from diffusion.samplers import ddim
 from diffusion.schedule import alpha_sigma, on_device
-from evaluation.gallery import real_images
+from evaluation.gallery import DIGITS, real_images
 from evaluation.quality import BORDER
 from pipeline.build import image_shape, load_denoiser
 from pipeline.checkpoint import load_checkpoint
@@ -46,6 +46,11 @@ def table(checkpoint: Path, steps: int, count: int) -> str:
     model = load_checkpoint(checkpoint)
     if model.config.model.num_classes is not None or model.config.codec.name != "pixels":
         raise InputError(f"{checkpoint}: this is for models of pixels without classes")
+    if model.config.data.name not in DIGITS:
+        raise InputError(
+            f"{checkpoint}: of {model.config.data.name}; the ground of digits is black"
+        )
+    schedule = build_schedule(model.config)  # raises InputError
     denoise = load_denoiser(model, checkpoint, cpu)
     levels = model.levels(None if model.num_steps is not None else steps)
     x = encode(real_images(model.config).reference[:count])
@@ -59,7 +64,7 @@ def table(checkpoint: Path, steps: int, count: int) -> str:
         on_path[step] = off_black(prediction.x), noise.square().mean().sqrt().item()
 
     drawn = ddim(clipped(denoise), eps, on_device(levels, cpu), on_step=look)
-    times = times_of(levels, build_schedule(model.config))
+    times = times_of(levels, schedule)
     lines = [
         "| t | logsnr | noise of z, levels | x_hat of noised images, off black | on the path, off "
         "black | noise of z on the path |",

@@ -121,7 +121,7 @@ def run_row(name: str, config: Any, cost: dict[str, float], machine: argparse.Na
 
 
 def calls_of(stage: Any) -> int:
-    """The calls of an image's target; of a grid that is not uniform, on average.
+    """The calls of an image's target; at least so many if the grid is not uniform.
 
     One for each leg of its path, or two where a base model is guided.
     """

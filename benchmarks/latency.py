@@ -116,8 +116,9 @@ def pytorch(
 
 def can_be_exported(checkpoint: Checkpoint) -> bool:
     """Returns whether tools/export_onnx.py writes all its steps as one graph."""
-    few = (checkpoint.num_steps or 1) <= export_onnx.MOST_STEPS
-    return few and (checkpoint.sampler in (None, "ddim") or checkpoint.num_steps == 1)
+    config, steps = checkpoint.config, checkpoint.num_steps or 1
+    ddim = (checkpoint.sampler or config.sampling.sampler) == "ddim" or checkpoint.num_steps == 1
+    return config.codec.name == "pixels" and ddim and steps <= export_onnx.MOST_STEPS
 
 
 def onnx(checkpoint: Checkpoint, path: Path, steps: int, folder: Path) -> tuple[Draw, int]:
@@ -182,7 +183,7 @@ def per_image(draw: Draw, sizes: list[int], device: torch.device) -> list[float]
 
 
 def seconds(draw: Draw, size: int, device: torch.device) -> float:
-    """Returns the least time of REPEATS batches, or of ENOUGH, after one that is not counted."""
+    """The least time of REPEATS batches (fewer if ENOUGH seconds pass), after one not counted."""
     taken: list[float] = []
     while len(taken) < REPEATS + 1 and (len(taken) < 2 or sum(taken) < ENOUGH):
         begun = time.perf_counter()

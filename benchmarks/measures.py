@@ -18,7 +18,7 @@ from diffusion.objectives import distillation_objective
 from diffusion.paths import neighbours
 from evaluation import gallery
 from evaluation.features import Extractor, Features, make_extractor
-from evaluation.quality import background, measure
+from evaluation.quality import background, measure, squared_distance
 from pipeline.build import load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
@@ -102,7 +102,7 @@ class Measurer:
         if self.teacher is not None and self.taught_by is not None:
             way = way_of_teacher(self.taught_by, checkpoint)
             theirs = self.samples(self.teacher, self.taught_by, *way)
-            distance = (encode(images) - encode(theirs)).square().mean().item()
+            distance = squared_distance(images, theirs)
         return {
             "frechet": quality.frechet,
             "interval": quality.frechet_interval,
@@ -165,7 +165,9 @@ def ways_to_sample(sweep: Sweep, checkpoint: Checkpoint) -> list[tuple[str, int]
     """
     if checkpoint.num_steps is None:
         return [(name, n) for name in sweep.samplers for n in sweep.steps]
-    own = sweep.steps if checkpoint.own_steps is None else (checkpoint.own_steps,)
+    own: tuple[int, ...] = (checkpoint.num_steps,)
+    if checkpoint.own_steps is None:
+        own = sweep.steps or own
     return [(checkpoint.sampler or "ddim", n) for n in own if n in (sweep.steps or own)]
 
 

@@ -27,6 +27,7 @@ from pipeline.build import image_shape, load_denoiser
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.codec import encode
 from pipeline.network import build_schedule
+from training.starts import teacher_grid
 from utils.command import InputError, path_name, run_script, say, whole_number
 from utils.randomness import ImageNoise, generator
 
@@ -54,6 +55,7 @@ def table(checkpoint: Path, teacher: Path, count: int) -> str:
         raise InputError(f"{checkpoint}: this is for models of pixels without classes")
     if learnt.num_steps is None:
         raise InputError(f"{checkpoint}: a base model; give a student")
+    schedule = build_schedule(config)  # raises InputError
     grid, fine = learnt.levels(), teachers_levels(learnt, taught_by)
     try:
         at, paths = positions(fine, grid).tolist(), neighbours(fine, grid)
@@ -70,7 +72,7 @@ def table(checkpoint: Path, teacher: Path, count: int) -> str:
         by = (images(noise, parts) - wanted).square().flatten(1).mean(1)
         return f"{by.mean():.6f} | {by.quantile(0.5):.6f}"
 
-    shares, times = shares_drawn(learnt, fine), times_of(grid, build_schedule(config))
+    shares, times = shares_drawn(learnt, fine), times_of(grid, schedule)
     lines = ["| step | at t | drawn | squared error of x | images move by | median |"]
     lines.append("|---:|---:|---:|---:|---:|---:|")
     for n in range(learnt.num_steps):
@@ -88,7 +90,7 @@ def teachers_levels(student: Checkpoint, teacher: Checkpoint) -> Grid:
     ladder = student.config.distillation.steps()
     before = [a for a, b in pairwise(ladder) if b == student.num_steps]
     steps = before[0] if before else 2 * (student.num_steps or 1)
-    return teacher.levels(None if teacher.grid is not None else steps)
+    return teacher_grid(teacher, steps)
 
 
 def shares_drawn(student: Checkpoint, teachers: Grid) -> Tensor:

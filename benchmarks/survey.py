@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.curves import Curves, draw_curves
+from evaluation.results import FLOOR
 from utils.command import InputError, path_name, run_script, say
 from utils.images import save_figure
 
 HEADING = "## Every method in one table"
-FLOOR = "real images"
 
 
 class Panel(NamedTuple):

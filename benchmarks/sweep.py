@@ -24,6 +24,7 @@ from benchmarks.sweeps import SWEEPS, Sweep
 from benchmarks.timing import timed_stages
 from evaluation.curves import plot_distances
 from evaluation.frechet import compare_distances
+from evaluation.tables import optional
 from pipeline.checkpoint import Checkpoint, digest
 from pipeline.config import Config, load_config
 from pipeline.latents import with_codec
@@ -85,6 +86,8 @@ def compare(arguments: argparse.Namespace) -> None:
         raise InputError(f"--checkpoint: {arguments.name} trains its base models; leave it out")
     if arguments.updates and (sweep.base is None or sweep.students is not None):
         raise InputError(f"--updates: {arguments.name} has students; give --seconds instead")
+    if arguments.device != "cpu" and not arguments.updates:
+        raise InputError("--device: time is that of the CPU; on another device give --updates")
     budget = {"seconds": arguments.seconds or sweep.seconds}
     if arguments.updates:
         budget = {"updates": arguments.updates}
@@ -133,8 +136,15 @@ class Bench:
     # --- what is known ----------------------------------------------------------------------------
 
     def measure(self) -> dict[str, Any]:
-        """What a result depends on, beside the variant and the teacher."""
-        return {**self.budget, "samples": self.count, "steps": list(self.sweep.steps)}
+        """What a result depends on, beside the variant."""
+        teacher = self.measurer.taught_by
+        return {
+            **self.budget,
+            "samples": self.count,
+            "steps": list(self.sweep.steps),
+            "values": self.sweep.common,
+            "teacher": None if teacher is None else digest(teacher.weights),
+        }
 
     def result(self, name: str) -> Rows | None:
         """The rows of a variant, none if its training diverged, None if it has not run."""
@@ -145,8 +155,8 @@ class Bench:
         if result["measure"] != self.measure():
             was = ", ".join(f"{value} {key}" for key, value in result["measure"].items())
             raise InputError(
-                f"{path}: of {was}; ask for the same (--seconds, --updates, --count), or give "
-                "another --output"
+                f"{path}: of {was}; ask for the same (--seconds, --updates, --count, --checkpoint, "
+                "--set), or give another --output"
             )
         return result["rows"]  # type: ignore[no-any-return]
 
@@ -288,26 +298,22 @@ COLUMNS = {
     "sampler": lambda r: r["sampler"],
     "steps": lambda r: str(r["steps"]),
     "parameters": lambda r: f"{r['parameters']:,}",
-    "ms an image": lambda r: _optional(r.get("milliseconds"), ".2f"),
+    "ms an image": lambda r: optional(r.get("milliseconds"), ".2f"),
     "updates": lambda r: f"{r['updates']:,}",
     "images seen": lambda r: f"{r['images']:,}",
     "network calls": lambda r: f"{r['calls']:,}",
     "loss around update 1,000 -> at the end": lambda r: " -> ".join(
-        _optional(loss, ".4f") for loss in r["losses"]
+        optional(loss, ".4f") for loss in r["losses"]
     ),
     "Frechet distance": lambda r: f"{r['frechet']:.2f} ± {r['interval']:.2f}",
     "difference": lambda r: r.get("difference", ""),
-    "distance to the teacher's samples": lambda r: _optional(r["to_teacher"], ".5f"),
-    "loss on test images": lambda r: _optional(r["held_out"], ".6f"),
-    "more than 90% sure": lambda r: _optional(r["confident"], ".3f"),
-    "recall": lambda r: _optional(r.get("recall"), ".3f"),
-    "pixels in 1 .. 30": lambda r: _optional(r.get("faint"), ".3f"),
+    "distance to the teacher's samples": lambda r: optional(r["to_teacher"], ".5f"),
+    "loss on test images": lambda r: optional(r["held_out"], ".6f"),
+    "more than 90% sure": lambda r: optional(r["confident"], ".3f"),
+    "recall": lambda r: optional(r.get("recall"), ".3f"),
+    "pixels in 1 .. 30": lambda r: optional(r.get("faint"), ".3f"),
 }
 ONLY_IF_VARIED = ("sampler", "steps", "parameters")
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def table(sweep: Sweep, results: dict[str, Rows]) -> str:

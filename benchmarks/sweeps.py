@@ -11,7 +11,7 @@ class Sweep:
     variants: by name the values of the config that each one sets, after the common ones. base:
     the config of base models; None for students. teacher: of the students, by default. seconds:
     of CPU time for each variant. count: images of each that are measured. samplers, steps: of
-    base models; students of other step counts are not measured, none given for all. repeated: how
+    base models, and of the students that are measured (all if empty). repeated: how
     many of the best variants are trained once more, with another seed. compared_with: the variant
     from which the others' differences are told. held_out: whether students are also measured by
     their loss on test images. students: the ladder that every base model teaches, in as much CPU

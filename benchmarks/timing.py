@@ -47,6 +47,8 @@ def timed_stages(
             grid = teacher_grid(teacher, stage.teacher_steps)
             paths = stage.method.paths(grid, start.levels())
             calls = len(paths)  # the student and each leg
+            if stage.guidance is not None and not teacher.config.model.guidance:  # two each
+                calls += 1 if stage.method.needs_average else len(paths) - 1
             if ADVERSARIAL in stage.losses:
                 calls += len(onward(paths)) - 1 + OF_CRITIC
         timed.append(

@@ -104,7 +104,7 @@ class Comparison:
         """Returns the row of images that were read from files."""
         features = self.extract(images)
         pixels, nearness = self.memorised(images, features)
-        row = self._alone(name, "images", images, features)
+        row = replace(self._alone(name, "images", images, features), source=digest(images))
         return replace(row, memorised_pixels=pixels, memorised_features=nearness)
 
     def memorised(self, images: Images, features: Features) -> tuple[float | None, float | None]:
@@ -178,6 +178,7 @@ class Comparison:
             faint=faint,
             border=border,
             source=_key_of(job, gallery),
+            seed=gallery.seed,
         )
 
     def draw_nearest(self, path: Path, images: Images) -> None:
@@ -187,7 +188,9 @@ class Comparison:
         distances, indices = self.nearest_in_pixels(images, self.real.training)
         closest = distances.argsort()[:PICTURED]
         below = self.real.training[indices[closest]]
-        save_png(path, make_grid(torch.cat([images[closest], below]), columns=PICTURED), scale=2)
+        save_png(
+            path, make_grid(torch.cat([images[closest], below]), columns=len(closest)), scale=2
+        )
 
 
 def _images_of(job: Job, gallery: Gallery) -> Images:
@@ -279,8 +282,12 @@ def measure_all(
             if (Key("", name, "", 0, 0.0, count), "") not in known:
                 add(floors[name](count))
     for name, images in files.items():
-        add(comparison.row_of_files(name, images))
-        comparison.draw_nearest(output / f"nearest-{name}.png", images)
+        missing = (Key("", name, "", 0, 0.0, len(images)), digest(images)) not in known
+        picture = output / f"nearest-{name}.png"
+        if missing:
+            add(comparison.row_of_files(name, images))
+        if missing or not picture.exists():
+            comparison.draw_nearest(picture, images)
     for job in jobs:
         row = known.get((job.key, _key_of(job, gallery)))
         partners = Partners.of(job, jobs)

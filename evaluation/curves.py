@@ -19,22 +19,22 @@ Curves = dict[str, list[tuple[int, float, float]]]
 """By title: (sampling steps, distance, half its interval) of each point."""
 
 
-def draw_loss_curve(folder: Path) -> Path:
-    """Plots metrics.jsonl into loss.png, a curve for each stage. Returns the picture's path.
+def draw_loss_curve(folder: Path) -> None:
+    """Plots metrics.jsonl into loss.png, a curve for each stage; nothing if it has no losses.
 
     The thin line is the loss of every update, the thick one its mean over a fiftieth of the stage.
     """
     from matplotlib.figure import Figure
 
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    metrics, path = folder / "metrics.jsonl", folder / "loss.png"
+    metrics = folder / "metrics.jsonl"
     for entry in read_metrics(metrics) if metrics.exists() else []:
         if entry.get("loss") is not None:
             steps = entry.get("num_steps")
             title = str(entry.get("kind", "base model")) if steps is None else f"student {steps}"
             curves[title].append((entry["update"], entry["loss"]))
     if not curves:
-        return path  # a folder of students alone
+        return  # a folder of students alone
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for title, points in curves.items():
@@ -46,8 +46,7 @@ def draw_loss_curve(folder: Path) -> Path:
     axes.set(xlabel="update of the stage", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(path, figure)
-    return path
+    save_figure(folder / "loss.png", figure)
 
 
 def _label(title: str) -> str:

@@ -137,15 +137,15 @@ def require_different_names(checkpoints: Mapping[Path, Checkpoint], images: Sequ
 
 def name_of_images(path: Path) -> str:
     """Returns what the images of a folder, or of an .npz file, are called in the results."""
-    return path.stem if path.suffix.lower() == ".npz" else path.name
+    return path.stem if path.suffix.lower() == ".npz" else path.resolve().name
 
 
 class Partners(NamedTuple):
     """The jobs to compare a job with, image by image: its teacher's and the base model's.
 
     The base model's is one with DDIM steps: of the same run if there is one, then of the longest
-    training, then with the most steps. None if that is the job itself, or this one has another
-    sampler.
+    training, then with the most steps. None if the job is that one itself, or is not sampled by
+    DDIM.
     """
 
     teacher: Job | None

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ class Row:
     unless they were distilled with a YAML of another name; base_run: that of the base model that it
     was compared with; update: how far it was trained.
     guidance: the weight of classifier-free guidance. faint, border: see quality.background; of
-    digits alone. source: a digest of what the images depend on.
+    digits alone. source: a digest of what the images depend on. seed: of the noise.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Row:
     faint: float | None = None
     border: float | None = None
     source: str = ""
+    seed: int = 0
 
     @property
     def key(self) -> "Key":
@@ -145,14 +146,16 @@ def finest_base(results: Results, run: str | None = None) -> Row | None:
     """Returns the best-sampled row of the base model of a run, or of any run; None without one.
 
     That is the longest trained, then one with as many samples as a student, then the one with the
-    most DDIM steps, then the most samples.
+    most DDIM steps, then one with as many samples as most rows have, then the most samples.
     """
     ours = [r for r in results.rows if run in (None, r.run)]
     counts = {r.quality.count for r in ours if r.kind == "student"}
+    rows = Counter(r.quality.count for r in ours)
     bases = [r for r in ours if (r.kind, r.sampler, r.guidance) == ("base", "ddim", 0.0)]
 
-    def rank(row: Row) -> tuple[int, bool, int, int]:
-        return row.update, row.quality.count in counts, row.steps or 0, row.quality.count
+    def rank(row: Row) -> tuple[int, bool, int, int, int]:
+        count = row.quality.count
+        return row.update, count in counts, row.steps or 0, rows[count], count
 
     return max(bases, key=rank, default=None)
 
@@ -160,10 +163,9 @@ def finest_base(results: Results, run: str | None = None) -> Row | None:
 def by_curve(results: Results) -> dict[str, dict[int, Row]]:
     """Returns one row for each curve and step count, by the name of the curve.
 
-    The name has the run in front if another run has a curve of that name.
-
-    Rows with as many samples as the row of finest_base if possible, otherwise with the most,
-    because distances fall with the number of samples.
+    The name has the run in front if another run has a curve of that name. A row has as many samples
+    as that of finest_base if there is one, otherwise the most, because distances fall with the
+    number of samples.
     """
     finest = finest_base(results)
     wanted = 0 if finest is None else finest.quality.count

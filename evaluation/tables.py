@@ -32,25 +32,25 @@ COLUMNS = {
     "guidance": lambda r, _: f"{r.guidance:g}" if r.guidance else "",
     "n": lambda r, _: f"{r.quality.count:,}",
     "Frechet distance": lambda r, _: f"{r.quality.frechet:.3f} ± {r.quality.frechet_interval:.3f}",
-    "n → ∞": lambda r, _: _optional(r.quality.limit, ".3f"),
+    "n → ∞": lambda r, _: optional(r.quality.limit, ".3f"),
     "less its base's": lambda r, results: _compared(r, results, "difference", "+.3f"),
     "over its base's": lambda r, results: _compared(r, results, "ratio", ".2f"),
     "kernel distance": lambda r, _: f"{r.quality.kernel:.4f}",
     "precision": lambda r, _: f"{r.quality.precision:.3f}",
     "recall": lambda r, _: f"{r.quality.recall:.3f}",
-    "confident": lambda r, _: _optional(r.quality.confident, ".3f"),
-    "faint pixels": lambda r, _: _optional(r.faint, ".3f"),
-    "border": lambda r, _: _optional(r.border, ".2f"),
+    "confident": lambda r, _: optional(r.quality.confident, ".3f"),
+    "faint pixels": lambda r, _: optional(r.faint, ".3f"),
+    "border": lambda r, _: optional(r.border, ".2f"),
     "rarest, commonest class": lambda r, _: (
         f"{min(r.quality.classes):.3f}, {max(r.quality.classes):.3f}" if r.quality.classes else ""
     ),
-    "to its teacher": lambda r, _: _optional(r.to_teacher, ".4f"),
-    "its teacher's class": lambda r, _: _optional(r.teachers_class, ".3f"),
+    "to its teacher": lambda r, _: optional(r.to_teacher, ".4f"),
+    "its teacher's class": lambda r, _: optional(r.teachers_class, ".3f"),
     "to the base (at steps)": lambda r, _: (
         "" if r.to_base is None else f"{r.to_base:.4f} ({r.base_steps})"
     ),
-    "the base's class": lambda r, _: _optional(r.same_class, ".3f"),
-    "asked class": lambda r, _: _optional(r.asked_class, ".3f"),
+    "the base's class": lambda r, _: optional(r.same_class, ".3f"),
+    "asked class": lambda r, _: optional(r.asked_class, ".3f"),
     "memorised": lambda r, _: " ".join(
         f"{share:.3f}" for share in (r.memorised_pixels, r.memorised_features) if share is not None
     ),
@@ -62,7 +62,8 @@ def against_base(row: Row, results: Results) -> Compared | None:
 
     None if that has another number of images, or was measured before distances_without was kept.
     """
-    bases = [r for r in results.rows if r.quality.count == row.quality.count]
+    alike = (row.quality.count, row.seed)
+    bases = [r for r in results.rows if (r.quality.count, r.seed) == alike]
     base = finest_base(Results(results.features, results.reference, bases), row.base_run or row.run)
     if row.steps is None or base is None or base is row:
         return None
@@ -85,7 +86,8 @@ def _cell(text: str) -> str:
     return printable(text).replace("\n", r"\n").replace("|", r"\|")
 
 
-def _optional(value: float | None, form: str) -> str:
+def optional(value: float | None, form: str) -> str:
+    """Returns a number in that form, or nothing for None."""
     return "" if value is None else format(value, form)
 
 

@@ -26,7 +26,7 @@ from benchmarks.sweeps import SWEEPS
 from diffusion.grids import uniform_grid
 from evaluation.gallery import RealImages, real_images
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.config import load_config
+from pipeline.config import load_config, make_config
 from pipeline.network import build_network, build_schedule
 from tests.toys import tiny
 from tools import import_diffusers
@@ -258,6 +258,11 @@ def test_a_stage_is_distilled_by_every_recipe_in_equal_time(
     save_checkpoint(tmp_path / "copied.pt", replace(copied, grid=load_checkpoint(teacher).grid))
     capsys.readouterr()
     assert run_sweep(*given, variants=variants) == 2
+    line = capsys.readouterr().err
+    assert "teacher/result.json: of " in line
+    assert "--checkpoint" in line
+    (tmp_path / "out/teacher/result.json").unlink()
+    assert run_sweep(*given, variants=variants) == 2
     assert "plan.json: made for other teacher" in capsys.readouterr().err
     assert run_sweep("stages", variants=variants) == 2
     assert "--checkpoint: missing" in capsys.readouterr().err
@@ -472,6 +477,13 @@ def test_a_batch_that_would_take_too_long_is_not_timed(monkeypatch):
     assert took == [1.0, 1.0, float("inf")]
     assert drawn == [1] * 4 + [16] * 2, "a few times, but not for minutes"
     assert latency.row("x", 8, "browser", took).endswith("| 1,000 | 1,000 |  | 1.0 |")
+
+
+def test_models_that_are_no_graph_of_ddim_on_pixels_have_no_row_of_onnx(base):
+    stored = load_checkpoint(base)
+    assert latency.can_be_exported(stored)
+    values = {**stored.config.model_dump(mode="json"), "sampling": {"sampler": "ancestral"}}
+    assert not latency.can_be_exported(replace(stored, config=make_config(values, "x")))
 
 
 def test_latencies_are_timed_by_model_way_and_batch(base, teacher, capsys, monkeypatch):

@@ -27,8 +27,8 @@ from evaluation.jobs import (
     with_engine,
 )
 from evaluation.quality import Quality, asked_share, nearest
-from evaluation.results import Results, Row, by_curve
-from evaluation.tables import summary
+from evaluation.results import Results, Row, by_curve, finest_base
+from evaluation.tables import against_base, summary
 from pipeline.build import build_dataset, build_denoiser, build_network
 from pipeline.checkpoint import Checkpoint, digest, load_checkpoint, publish_checkpoint
 from pipeline.config import make_config
@@ -279,9 +279,37 @@ def test_a_student_of_several_steps_has_a_curve_of_its_own():
     }
 
 
-def test_images_are_named_by_their_folder_or_file():
+def test_distances_are_compared_in_pairs_from_the_same_noise_only():
+    def row(kind, seed, count=100, steps=8):
+        quality = Quality(
+            count, 1.0, 0.1, 0.0, 0.0, 0.0, without=[1.0 + 0.01 * n for n in range(10)]
+        )
+        return Row(kind, kind, "ddim", steps, quality, run="r", seed=seed)
+
+    base, same, other = row("base", 0), row("student", 0), row("student", 1)
+    results = Results("digits", {}, [base, same, other])
+    compared = against_base(same, results)
+    assert compared is not None
+    assert compared.ratio.value == 1
+    assert against_base(other, results) is None
+    assert against_base(row("student", 0, count=200), results) is None
+
+
+def test_the_summary_keeps_to_the_number_of_images_that_most_rows_have():
+    def row(steps, count, kind="base"):
+        quality = Quality(count, 1.0, 0.1, 0.0, 0.0, 0.0)
+        return Row("a", kind, "ddim", steps, quality, run="r")
+
+    rows = [*(row(n, 200) for n in (128, 64, 32)), row(128, 500), row(64, 900)]
+    rows += [row(4, count, "student") for count in (200, 500, 900)]
+    assert finest_base(Results("digits", {}, rows)) == rows[0]
+
+
+def test_images_are_named_by_their_folder_or_file(tmp_path, monkeypatch):
     names = [name_of_images(Path(path)) for path in ("a/run.1", "a/run.2", "a/x.NPZ")]
     assert names == ["run.1", "run.2", "x"]
+    monkeypatch.chdir(tmp_path)
+    assert name_of_images(Path(".")) == tmp_path.name
     require_different_names({}, [Path("a/run.1"), Path("a/run.2")])
     with pytest.raises(InputError, match="real images: two of this name"):
         require_different_names({}, [Path("a/real images")])
@@ -431,7 +459,7 @@ def test_a_student_belongs_to_the_base_model_of_its_own_run(workshop):
         assert found is (jobs[1] if its_own else None), "a student may have a network of its own"
 
 
-def test_images_from_elsewhere(workshop, tmp_path, capsys):
+def test_images_from_elsewhere(workshop, tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), dtype=np.uint8)
     np.savez(tmp_path / "made.npz", pixels)
     (tmp_path / "pngs").mkdir()
@@ -444,6 +472,17 @@ def test_images_from_elsewhere(workshop, tmp_path, capsys):
     for key in ("count", "frechet", "kernel", "precision", "confident", "classes"):
         assert rows["made"]["quality"][key] == pytest.approx(rows["pngs"]["quality"][key], rel=1e-4)
     assert rows["made"]["quality"]["frechet"] > 3 * rows["real images"]["quality"]["frechet"]
+    with Image.open(tmp_path / "out" / "nearest-made.png") as picture:
+        of_twelve = picture.size
+    np.savez(tmp_path / "made.npz", pixels[:10])
+    assert run(evaluate, *images, *out) == 0
+    counts = {row["name"]: row["quality"]["count"] for row in rows_of(tmp_path / "out")}
+    assert (counts["made"], counts["pngs"]) == (10, 20), "a file's row is of what it holds now"
+    with Image.open(tmp_path / "out" / "nearest-made.png") as picture:
+        assert picture.height == of_twelve[1], "a row of samples, and one of training images"
+        assert picture.width < of_twelve[0]
+    monkeypatch.setattr(Comparison, "row_of_files", lambda *_: 1 / 0)
+    assert run(evaluate, *images, *out) == 0, "nothing is measured twice"
 
 
 def test_sorted_images_from_elsewhere_are_measured_as_any(workshop, tmp_path):

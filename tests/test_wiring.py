@@ -165,6 +165,14 @@ def test_weights_are_published_in_full_unless_half_is_asked_for(made, tmp_path):
         assert (digest(published.weights) == digest(stored.weights)) == (not half)
 
 
+def test_a_published_student_says_what_it_began_with(made, tmp_path):
+    lineage = {"teacher": "a", "initial": "b"}
+    save_checkpoint(tmp_path / "x.pt", replace(load_checkpoint(made[4]), lineage=lineage))
+    given = ("--checkpoint", tmp_path / "x.pt", "--name", "a", "--output", tmp_path)
+    assert run(publish, *given) == 0
+    assert load_checkpoint(tmp_path / "a-4-steps.safetensors").lineage == lineage
+
+
 def test_a_printed_config_trains_no_autoencoder(made, tmp_path, capsys):
     given = ("--config_path", made["config"], "--output", tmp_path / "out", "--print_config")
     capsys.readouterr()

@@ -158,7 +158,7 @@ def _graph(path: Path, checkpoint: Any) -> tuple[bytes, list[str]]:
     model = onnx_file.one_step(denoiser, conditions, shape, optimize=False)
     from onnx import TensorProto  # one_step has told what to install, where it is missing
 
-    onnx_file.halve(model, smallest=1)
+    onnx_file.halve(model, path, smallest=1)
     order, offset = [], 0
     for tensor in model.graph.initializer:
         name = tensor.name.removeprefix("network.").removesuffix(".half")

@@ -65,7 +65,7 @@ def export(arguments: argparse.Namespace) -> None:
         names = ["noise", *conditions]
     about = onnx_file.metadata(checkpoint, graph, levels, arguments.precision)
     if arguments.precision == "fp16":
-        onnx_file.halve(model)
+        onnx_file.halve(model, path)
     elif arguments.precision == "int8":
         model = _quantised(model)
     del model.metadata_props[:]

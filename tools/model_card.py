@@ -94,10 +94,9 @@ def _needs_loop(parts: Exported) -> bool:
 
 
 def _advice(parts: Exported) -> str:
-    lines = [
-        f"Sample in {parts.steps} step{'s' * (parts.steps > 1)}: the network knows these noise "
-        "levels only."
-    ]
+    lines = [f"Sample in {parts.steps} step{'s' * (parts.steps > 1)}."]
+    if parts.scheduler["num_train_timesteps"] == parts.steps:
+        lines = [f"{lines[0][:-1]}: the network knows these noise levels only."]
     if parts.clip:
         lines.append(
             "The scheduler clips x_hat to [-1, 1], and needs `use_clipped_model_output=True` to "

@@ -208,11 +208,11 @@ def metadata(checkpoint: Checkpoint, graph: str, levels: Tensor, precision: str)
     return {key: json.dumps(value) for key, value in values.items()}
 
 
-def halve(model: Any, smallest: int = 256) -> None:
+def halve(model: Any, where: Path, smallest: int = 256) -> None:
     """Stores the weights of an onnx model in float16; the graph casts them back to float32.
 
-    smallest: tensors with fewer numbers stay as they are. Raises InputError for a number that is
-    too large for float16.
+    smallest: tensors with fewer numbers stay as they are. where: the checkpoint's file. Raises
+    InputError for a number that is too large for float16.
     """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
@@ -224,7 +224,7 @@ def halve(model: Any, smallest: int = 256) -> None:
             continue
         name = tensor.name
         if np.abs(values).max() > np.finfo(np.float16).max:
-            raise InputError(f"{name}: too large for float16; take float32")
+            raise InputError(f"{where}: {name}: too large for float16; only float32 holds it")
         half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
         graph.initializer.remove(tensor)
         graph.initializer.append(half)

@@ -41,8 +41,7 @@ def publish(arguments: argparse.Namespace) -> None:
         steps = checkpoint.num_steps
         made_for = "teacher" if steps is None else f"{steps}-step{'' if steps == 1 else 's'}"
         path = arguments.output / f"{name}-{made_for}.safetensors"
-        teacher = checkpoint.lineage.get("teacher", "")
-        lineage = {"teacher": renamed.get(teacher, teacher)} if teacher else {}
+        lineage = {key: renamed.get(of, of) for key, of in checkpoint.lineage.items()}
         publish_checkpoint(path, replace(checkpoint, lineage=lineage), arguments.half)
         renamed[digest(checkpoint.weights)] = digest(load_checkpoint(path).weights)
         say(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
