@@ -163,18 +163,19 @@ def finest_base(results: Results, run: str | None = None) -> Row | None:
 def by_curve(results: Results) -> dict[str, dict[int, Row]]:
     """Returns one row for each curve and step count, by the name of the curve.
 
-    The name has the run in front if another run has a curve of that name. A row has as many samples
-    as that of finest_base if there is one, otherwise the most, because distances fall with the
-    number of samples.
+    Where rows of two runs would be the same point of a curve, or have other base models, the name
+    has the run in front. A row has as many samples as that of finest_base if there is one,
+    otherwise the most, because distances fall with the number of samples.
     """
     finest = finest_base(results)
     wanted = 0 if finest is None else finest.quality.count
-    runs: dict[str, set[str]] = defaultdict(set)
-    for row in results.rows:
-        runs[row.curve].add(row.run)
+    points: dict[str, set[tuple[str, str, int]]] = defaultdict(set)
+    rows = [row for row in results.rows if row.steps is not None]
+    for row in rows:
+        points[row.curve].add((row.base_run or row.run, row.run, row.steps or 0))
     curves: dict[str, dict[int, Row]] = defaultdict(dict)
-    for row in sorted(results.rows, key=lambda r: (r.quality.count == wanted, r.quality.count)):
-        if row.steps is not None:
-            name = f"{row.run}: {row.curve}" if len(runs[row.curve]) > 1 else row.curve
-            curves[name][row.steps] = row
+    for row in sorted(rows, key=lambda r: (r.quality.count == wanted, r.quality.count)):
+        bases, _, steps = zip(*points[row.curve], strict=True)
+        apart = len(set(bases)) > 1 or len(set(steps)) < len(steps)
+        curves[f"{row.run}: {row.curve}" if apart else row.curve][row.steps or 0] = row
     return curves

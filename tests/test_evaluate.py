@@ -279,6 +279,22 @@ def test_a_student_of_several_steps_has_a_curve_of_its_own():
     }
 
 
+def test_students_of_two_runs_are_one_curve_unless_their_points_would_meet():
+    def row(run, steps, base="b"):
+        quality = Quality(100, 1.0, 0.1, 0.0, 0.0, 0.0)
+        return Row(f"s-{steps}-steps", "student", "ddim", steps, quality, run=run, base_run=base)
+
+    def curves(*rows):
+        found = by_curve(Results("digits", {}, rows))
+        return {name: sorted(points) for name, points in found.items()}
+
+    assert curves(row("x", 8), row("y", 4)) == {"s, distilled": [4, 8]}
+    apart = {"x: s, distilled": [8], "y: s, distilled": [4, 8]}
+    assert curves(row("x", 8), row("y", 8), row("y", 4)) == apart
+    of_other_bases = {"x: s, distilled": [8], "y: s, distilled": [4]}
+    assert curves(row("x", 8), row("y", 4, base="c")) == of_other_bases
+
+
 def test_distances_are_compared_in_pairs_from_the_same_noise_only():
     def row(kind, seed, count=100, steps=8):
         quality = Quality(
