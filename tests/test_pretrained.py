@@ -84,7 +84,7 @@ BACKGROUND = {  # the most of quality.background: the share of faint pixels, and
     **dict.fromkeys([*PATHS.values(), *TRACT.values()], (0.05, 0.1)),
     **dict.fromkeys(ADVERSARIAL.values(), (0.15, 0.4)),
     HALF_WIDTH[8]: (0.05, 0.1),
-    HALF_WIDTH[1]: (0.05, 0.4),
+    HALF_WIDTH[1]: (0.12, 1.5),
     **dict.fromkeys(BY_CLASS.values(), (0.05, 0.1)),
 }
 
@@ -115,12 +115,11 @@ def test_with_the_adversarial_term_students_are_nearer_to_the_data(results, step
     assert student.config.distillation.losses == {"snr_trunc": close, "adversarial": 0.3}
 
 
-def test_all_but_one_step_with_the_term_are_nearer_to_the_data_than_the_teachers_64(results):
+def test_students_with_the_term_are_nearer_to_the_data_than_the_teachers_64(results):
     teacher = row_of(results, TEACHER, 64, 5000)
     for steps, path in ADVERSARIAL.items():
         student = row_of(results, path, steps, 5000)
-        most = 0.9 if steps > 1 else 1.1
-        assert student.quality.frechet < most * teacher.quality.frechet
+        assert student.quality.frechet < teacher.quality.frechet
         assert student.quality.recall > teacher.quality.recall - 0.03
 
 
