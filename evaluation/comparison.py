@@ -15,7 +15,6 @@ from evaluation.features import Extractor, Features
 from evaluation.gallery import Gallery, RealImages
 from evaluation.jobs import Job, Partners
 from evaluation.quality import (
-    CONFIDENT,
     NEAREST,
     agreement,
     asked_share,
@@ -29,7 +28,7 @@ from evaluation.quality import (
     squared_distance,
 )
 from evaluation.results import FLOOR, NOISY, Key, Results, Row, read_results, with_relations_of
-from evaluation.tables import write_results
+from evaluation.tables import in_words, write_results
 from pipeline.checkpoint import digest
 from utils.command import InputError, say
 from utils.images import make_grid, save_png
@@ -202,18 +201,6 @@ def _key_of(job: Job, gallery: Gallery) -> str:
     return gallery.key(job.checkpoint, job.sampler, job.steps, job.guidance)
 
 
-def say_of(row: Row) -> str:
-    """Returns a row in words."""
-    q = row.quality
-    steps = "" if row.steps is None else f", {row.sampler}, {row.steps} steps"
-    steps += f", guidance {row.guidance:g}" if row.guidance else ""
-    sure = "" if q.confident is None else f", {q.confident:.1%} more than {CONFIDENT:.0%} sure"
-    return (
-        f"{row.name}{steps}: Frechet distance {q.frechet:.3f} ± {q.frechet_interval:.3f} "
-        f"(n = {q.count:,}){sure}"
-    )
-
-
 # --- a whole comparison ---------------------------------------------------------------------------
 
 
@@ -270,7 +257,7 @@ def measure_all(
 
     def add(row: Row) -> None:
         nonlocal results
-        say(say_of(row))
+        say(in_words(row))
         results = results.with_rows([row])
         write_results(output, results)
 

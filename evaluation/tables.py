@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evaluation.frechet import Compared, Interval, compare_distances
+from evaluation.quality import CONFIDENT
 from evaluation.results import DISTILLED, Results, Row, by_curve, finest_base
 from utils.files import write_text
 from utils.terminal import printable
@@ -22,6 +23,18 @@ def write_results(folder: Path, results: Results) -> None:
     parts = (summary(results), markdown(results), picture)
     write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n")
     write_text(folder / "results.csv", _csv(results.rows))
+
+
+def in_words(row: Row) -> str:
+    """Returns a row in words."""
+    q = row.quality
+    steps = "" if row.steps is None else f", {row.sampler}, {row.steps} steps"
+    steps += f", guidance {row.guidance:g}" if row.guidance else ""
+    sure = "" if q.confident is None else f", {q.confident:.1%} more than {CONFIDENT:.0%} sure"
+    return (
+        f"{row.name}{steps}: Frechet distance {q.frechet:.3f} ± {q.frechet_interval:.3f} "
+        f"(n = {q.count:,}){sure}"
+    )
 
 
 COLUMNS = {

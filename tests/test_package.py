@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-from evaluation.results import read_results
 from pipeline.api import load_sampler
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has the first reader of TOML")
@@ -161,22 +160,6 @@ def test_the_changelog_speaks_of_the_version():
 # --- the model card -----------------------------------------------------------------------------
 
 CARD = (ROOT / "pretrained" / "README.md").read_text()
-
-
-def test_the_card_has_the_stored_results():
-    results = read_results(ROOT / "docs" / "mnist" / "results.json")
-    rows = re.findall(r"^\| `(mnist-[^`.]+)` \| (\d+) \| (.*) \|$", CARD, re.MULTILINE)
-    assert {name for name, *_ in rows} == {row.name for row in results.rows if row.steps}
-    for name, steps, said in rows:
-        row = next(r for r in results.rows if r.key[1:] == (name, "ddim", int(steps), 0.0, 5000))
-        quality = row.quality
-        assert said.split(" | ") == [
-            f"{quality.frechet:.3f} ± {quality.frechet_interval:.3f}",
-            f"{quality.precision:.3f}",
-            f"{quality.recall:.3f}",
-            f"{row.faint:.3f}",
-            "" if row.to_base is None else f"{row.to_base:.4f}",
-        ]
 
 
 def test_the_cards_code_draws_digits(monkeypatch):
