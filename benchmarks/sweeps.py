@@ -194,10 +194,6 @@ METHODS = Sweep(
     variants={
         "progressive": HALVED,
         "progressive_energy": [*HALVED, *distillation(losses="{snr_trunc: 1.0, energy: 0.3}")],
-        "progressive_adversarial": [
-            *HALVED,
-            *distillation(losses="{snr_trunc: 0.3, adversarial: 0.3}", warmup=50),
-        ],
         "four_to_one": distillation(ladder=[64, 16, 4, 1], updates_per_stage=[1, 2, 2]),
         "straight_8": distillation(ladder=[64, 8]),
         "adaptive_8": distillation(ladder=[64, 8], grid="adaptive"),
@@ -221,7 +217,7 @@ METHODS = Sweep(
         "straight_4": distillation(ladder=[64, 4]),
         "straight_2": distillation(ladder=[64, 2]),
     },
-    seconds=720,
+    seconds=600,
     count=5000,
     steps=(8, 4, 2, 1),
     compared_with="progressive",
