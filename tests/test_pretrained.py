@@ -15,6 +15,7 @@ from evaluation.results import finest_base, read_results
 from evaluation.tables import markdown, summary, write_results
 from pipeline.api import load_sampler
 from pipeline.checkpoint import digest, load_checkpoint
+from pipeline.sections import EngineConfig
 from utils.processes import World
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,7 @@ def test_the_files_are_small_and_the_students_one_ladder():
     named |= {TEACHER, PRETRAINED / "mnist-by-class-teacher.safetensors"}
     assert named == set(PRETRAINED.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in PRETRAINED.rglob("*")) <= 60e6
+    assert all(load_checkpoint(path).config.engine == EngineConfig() for path in named)
     base = load_checkpoint(TEACHER)
     assert (base.kind, base.num_steps, base.stage) == ("base", None, 0)
     before = None

@@ -24,6 +24,7 @@ from pipeline.build import load_denoiser
 from pipeline.checkpoint import digest, load_checkpoint, save_checkpoint
 from pipeline.config import load_config, make_config
 from pipeline.sampling import SampleRequest
+from pipeline.sections import EngineConfig
 from tests.commands import refused, run, write_config
 from tests.test_scripts import trained
 from tests.toys import tiny
@@ -163,6 +164,17 @@ def test_weights_are_published_in_full_unless_half_is_asked_for(made, tmp_path):
         assert run(publish, *given) == 0
         published = load_checkpoint(tmp_path / "a-4-steps.safetensors")
         assert (digest(published.weights) == digest(stored.weights)) == (not half)
+
+
+def test_published_weights_leave_the_engine_to_their_user(made, tmp_path):
+    stored = load_checkpoint(made[4])
+    trained = EngineConfig(precision="bf16", compile=True)
+    config = stored.config.model_copy(update={"engine": trained})
+    save_checkpoint(tmp_path / "x.pt", replace(stored, config=config))
+    given = ("--checkpoint", tmp_path / "x.pt", "--name", "a", "--output", tmp_path)
+    assert run(publish, *given) == 0
+    assert load_checkpoint(tmp_path / "a-4-steps.safetensors").config == stored.config
+    assert stored.config.engine == EngineConfig()
 
 
 def test_a_published_student_says_what_it_began_with(made, tmp_path):

@@ -24,8 +24,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    """Writes each checkpoint. A student's lineage names its teacher as published, if it is."""
+    """Writes each checkpoint. A student's lineage names its teacher as published, if it is.
+
+    The engine of its config, which suited the machine that trained it, becomes the default one.
+    """
     from pipeline.checkpoint import digest, load_checkpoint, publish_checkpoint
+    from pipeline.sections import EngineConfig
 
     name = arguments.name
     if not name.strip() or name[0] in ".-" or "/" in name or not name.isprintable():
@@ -42,7 +46,9 @@ def publish(arguments: argparse.Namespace) -> None:
         made_for = "teacher" if steps is None else f"{steps}-step{'' if steps == 1 else 's'}"
         path = arguments.output / f"{name}-{made_for}.safetensors"
         lineage = {key: renamed.get(of, of) for key, of in checkpoint.lineage.items()}
-        publish_checkpoint(path, replace(checkpoint, lineage=lineage), arguments.half)
+        config = checkpoint.config.model_copy(update={"engine": EngineConfig()})
+        published = replace(checkpoint, config=config, lineage=lineage)
+        publish_checkpoint(path, published, arguments.half)
         renamed[digest(checkpoint.weights)] = digest(load_checkpoint(path).weights)
         say(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
