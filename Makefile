@@ -16,12 +16,12 @@ EVALUATE = $(RANKS) evaluate.py --output output/published
 help:
 	@echo 'make install      a virtual environment in .venv with all that is needed'
 	@echo 'make quickstart   train, distil 1024 -> 1 and draw samples on MNIST (two CPU cores, minutes)'
-	@echo 'make results      a teacher and its students from nothing: train, distil, measure (seven hours)'
+	@echo 'make results      a teacher and its students from nothing: train, distil, measure (eight hours, in bfloat16)'
 	@echo 'make tract        a part of it: students of 8, 4, 2 and 1 steps by TRACT (hours)'
-	@echo 'make adversarial  a part of it, after make tract: students trained adversarially as well (an hour or two)'
-	@echo 'make half_width   a part of it: students with half the channels (an hour)'
+	@echo 'make adversarial  a part of it, after those before it: students trained adversarially as well (an hour)'
+	@echo 'make half_width   a part of it, after make tract: students with half the channels (an hour)'
 	@echo 'make evaluate     a part of it: measure the published weights, anew into docs/mnist (an hour or two)'
-	@echo 'make by_class     the published weights that take class and guidance anew (an hour)'
+	@echo 'make by_class     the published weights that take class and guidance anew (an hour, in bfloat16)'
 	@echo 'make experiments  compare recipes for a teacher in equal CPU time (hours)'
 	@echo 'make ablation     output types and loss weights on MNIST, as in the first table of the paper (an hour and a half)'
 	@echo 'make methods      methods of distillation on one teacher in equal CPU time (hours)'
@@ -145,7 +145,6 @@ evaluate: $(VENV)/.installed-dev
 
 # A teacher that knows the classes, and its students that take the guidance weight as an input.
 BY_CLASS = output/mnist_conditional/diffusion-14000.pt
-by_class: ENGINE = engine.precision=bf16
 by_class: $(VENV)/.installed-dev
 	$(RANKS) train.py --config_path configs/mnist_conditional.yaml --set $(ENGINE)
 	$(RANKS) distill.py --config_path configs/mnist_guided.yaml --teacher_model_checkpoint $(BY_CLASS) --set $(ENGINE)
